@@ -1,0 +1,61 @@
+"""The exception hierarchy.
+
+Every error that can reach a user carries one clear line: what is wrong and, in `remedy`, what to do about it. Which exit
+status an error becomes is decided in `watchd.cli` alone. The hierarchy splits errors by whose fault they are: problems of a
+watched tree (`LayerError`, `MountError`) degrade that tree and are reported; problems of our own journal (`JournalError`)
+are fatal.
+"""
+
+from __future__ import annotations
+
+
+class WatchdError(Exception):
+    """Base of all errors that watchd raises on purpose. `remedy` says what to do about it."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}; {self.remedy}" if self.remedy else message
+
+
+class UsageError(WatchdError):
+    """The command line or a request asks for something that cannot be."""
+
+
+class ConfigError(WatchdError):
+    """The configuration is bad; the message names file, line and key."""
+
+
+class NotPermittedError(WatchdError):
+    """A capability or a permission is missing."""
+
+
+class DaemonUnreachableError(WatchdError):
+    """No daemon answers on the control socket."""
+
+
+class DeadlineError(WatchdError):
+    """Something did not finish in the time that was given to it."""
+
+
+class UnsupportedError(WatchdError):
+    """The kernel or the filesystem lacks a feature, found by probing."""
+
+
+class LayerError(WatchdError):
+    """A lower layer cannot be watched or looked at; only that layer is degraded."""
+
+
+class MountError(WatchdError):
+    """A merged mount cannot be found, looked at or acted upon; only that mount is degraded."""
+
+
+class WireError(WatchdError):
+    """Bytes from the kernel do not decode."""
+
+
+class JournalError(WatchdError):
+    """Our own journal cannot be read or written. Fatal for the daemon, never papered over."""
