@@ -21,8 +21,7 @@ import threading
 
 import msgspec
 
-from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, function, system_call
-
+from watchd.kernel.libc import AT_EMPTY_PATH, function, system_call
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -57,11 +56,11 @@ class FileHandle(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What `struct file_handle` holds: the identity of an object within its filesystem, opaque to user space."""
 
     type: int
-    bytes: bytes
+    fid: bytes
 
     def pack(self) -> bytes:
         """The struct file_handle that open_by_handle_at takes, native byte order."""
-        return _handle_header.pack(len(self.bytes), self.type) + self.bytes
+        return _handle_header.pack(len(self.fid), self.type) + self.fid
 
 
 def openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: int = CONFINED) -> int:
