@@ -1,0 +1,71 @@
+"""Look at names of a directory and say what is there: the step from "something happened here" to a Change.
+
+Facts: a record says where to look, never what is true now. Names are looked up one component at a time below a descriptor of
+their directory and never followed, so nothing in a layer can lead elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from watchd.records import Change
+
+SELF = b"."
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a directory lies: in which layer, at which path from its root (b"" is the root)."""
+
+    layer: str
+    path: bytes
+
+    def child(self, name: bytes) -> bytes:
+        """The path of a name in this directory; of the directory itself for `SELF`."""
+        if name == SELF:
+            return self.path
+        return self.path + b"/" + name if self.path else name
+
+
+@dataclass(frozen=True, slots=True)
+class Touch:
+    """What happened to one name of a directory."""
+
+    name: bytes
+    kinds: int
+    """watchd.records.Kind bits."""
+    was_dir: bool = False
+    """An event said that the object is a directory; tells nothing of what is there now."""
+    pid: int | None = None
+    from_path: bytes | None = None
+
+
+def look(directory: int | None, place: Place, touches: Iterable[Touch], time_ns: int) -> list[Change]:
+    """Changes for the touched names, as they are now below `directory` (None: the directory itself is gone)."""
+    changes = []
+    for touch in touches:
+        exists, is_dir, inode = False, touch.was_dir, None
+        if directory is not None:
+            try:
+                status = os.stat(touch.name, dir_fd=directory, follow_symlinks=False)
+            except OSError:
+                pass
+            else:
+                exists, is_dir, inode = True, stat.S_ISDIR(status.st_mode), status.st_ino
+        changes.append(
+            Change(
+                time_ns,
+                place.layer,
+                place.child(touch.name),
+                touch.kinds,
+                exists,
+                is_dir,
+                touch.from_path,
+                inode,
+                touch.pid,
+            )
+        )
+    return changes
