@@ -63,6 +63,6 @@ def fanotify_init(flags: int) -> int:
     return _fanotify_init(flags | FAN_CLASS_NOTIF | FAN_CLOEXEC | FAN_NONBLOCK, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def fanotify_mark(group: int, flags: int, mask: int, *, dirfd: int = AT_FDCWD, path: bytes | None = None) -> None:
-    """fanotify_mark(2); without `path` the mark goes to what `dirfd` is open on. Raises OSError."""
+def fanotify_mark(group: int, flags: int, mask: int, *, dirfd: int = AT_FDCWD, path: bytes = b".") -> None:
+    """fanotify_mark(2) of `path` below `dirfd`, which may be O_PATH. Raises OSError."""
     _fanotify_mark(group, flags, mask, dirfd, path)

@@ -54,7 +54,8 @@ def look(directory: int | None, place: Place, touches: Iterable[Touch], time_ns:
             except OSError:
                 pass
             else:
-                exists, is_dir, inode = True, stat.S_ISDIR(status.st_mode), status.st_ino
+                exists = status.st_nlink > 0  # 0: a directory that was removed while somebody holds it open
+                is_dir, inode = stat.S_ISDIR(status.st_mode), status.st_ino
         changes.append(
             Change(
                 time_ns,

@@ -1,0 +1,243 @@
+"""Changes of all layers on one filesystem, through one fanotify group with one mark.
+
+Facts
+* FAN_MARK_FILESYSTEM with FAN_REPORT_DFID_NAME_TARGET costs the same whatever the size of the filesystem, and hears all of it:
+  what lies outside of every layer is dropped by directory handle, before anything else is decoded.
+* Refused: EXDEV on a btrfs subvolume, ENODEV where f_fsid is 0 (FUSE, overlay without upper), EOPNOTSUPP without file handles.
+* With the target's handle in the record a directory is known from its creation on, so names in a directory that is gone by
+  the time its events are read still have a path.
+* A directory that is moved in from outside brings contents that no event tells of.
+* Events are queued before the changing system call returns, one queue for all marks of a group. So an event that watchd makes
+  itself in a directory that the group marks too is a barrier: once it is read, everything before it was read.
+* MODIFY tells of writes as they happen; CLOSE_WRITE of those through mmap, which nothing else tells of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+
+from watchd.errors import LayerError, UnsupportedError
+from watchd.kernel import fanotify as fan
+from watchd.kernel.files import name_to_handle_at
+from watchd.records import Change, Kind
+from watchd.sources.base import Batch, MovedIn, WatchedLayer
+from watchd.sources.look import Place, Touch, look
+from watchd.sources.tree import DirectoryTree
+from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
+
+READ_BYTES = 256 * 1024
+BATCH_BYTES = 2 * 1024 * 1024
+"""At most so much is merged into one batch, which bounds both memory and the time to the first repair."""
+
+STRUCTURE_MASK = fan.FAN_CREATE | fan.FAN_DELETE | fan.FAN_RENAME | fan.FAN_ATTRIB | fan.FAN_ONDIR
+CONTENT_MASK = fan.FAN_MODIFY | fan.FAN_CLOSE_WRITE
+
+_KINDS = (
+    (fan.FAN_CREATE, Kind.CREATE),
+    (fan.FAN_DELETE, Kind.DELETE),
+    (fan.FAN_MOVED_FROM | fan.FAN_MOVED_TO, Kind.RENAME),
+    (fan.FAN_MODIFY | fan.FAN_CLOSE_WRITE, Kind.MODIFY),
+    (fan.FAN_ATTRIB, Kind.ATTRIB),
+)
+_UNSUPPORTED = (errno.EXDEV, errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class FanotifySource:
+    """A `watchd.sources.base.Source` for the layers of one filesystem."""
+
+    backend = "fanotify"
+
+    def __init__(self, *, barrier_directory: bytes | None, content: bool, unlimited_queue: bool) -> None:
+        """Raises UnsupportedError where the kernel lacks a feature, OSError (EPERM, EMFILE) otherwise."""
+        flags = fan.FAN_REPORT_DFID_NAME_TARGET | (fan.FAN_UNLIMITED_QUEUE if unlimited_queue else 0)
+        try:
+            self._group = fan.fanotify_init(flags)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                raise UnsupportedError(f"fanotify with names and targets is not available: {error.strerror}") from None
+            raise
+        self._mask = STRUCTURE_MASK | (CONTENT_MASK if content else 0)
+        self._layers: dict[str, WatchedLayer] = {}
+        self._opened: list[int] = []
+        self._tree = DirectoryTree(self._anchors)
+        self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
+        self._kinds: dict[int, int] = {}
+
+    def fileno(self) -> int:
+        return self._group
+
+    def add(self, layer: WatchedLayer) -> None:
+        mount = layer.open_mount()
+        try:
+            fan.fanotify_mark(self._group, fan.FAN_MARK_ADD | fan.FAN_MARK_FILESYSTEM, self._mask, dirfd=mount)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                raise UnsupportedError(f"no fanotify mark for this filesystem: {error.strerror}") from None
+            raise LayerError(f"no fanotify mark on {os.fsdecode(layer.path)}: {error.strerror}") from None
+        finally:
+            os.close(mount)
+        self.idle()
+        self._layers[layer.name] = layer
+        self._tree.add_root(layer.root.pack(), layer.name)
+
+    def remove(self, name: str) -> None:
+        self._layers.pop(name, None)
+        self._tree.remove_root(name)
+        self.idle()
+
+    def recover(self) -> None:
+        self._tree.clear()
+
+    def idle(self) -> None:
+        while self._opened:
+            os.close(self._opened.pop())
+
+    def close(self) -> None:
+        self.idle()
+        os.close(self._group)
+
+    def collect(self) -> Batch | None:
+        read_ns, now_ns = time.monotonic_ns(), time.time_ns()
+        events = Events()
+        emptied = self._read(events)
+        if not events.records:
+            return None
+        self._tree.begin()
+        moved_in = self._learn_directories(events)
+        directories, barriers = self._by_directory(events)
+        changes: list[Change] = []
+        counts: dict[str, int] = {}
+        for handle, names in directories.items():
+            before = len(changes)
+            for place in self._tree.places(handle):
+                self._look(handle, place, names, events, now_ns, changes)
+                counts[place.layer] = counts.get(place.layer, 0) + len(changes) - before
+        return Batch(
+            changes=changes,
+            records=counts,
+            read_ns=read_ns,
+            complete_ns=now_ns if emptied else 0,
+            barriers=barriers,
+            overflow=events.overflow,
+            moved_in=moved_in,
+        )
+
+    def _read(self, events: Events) -> bool:
+        """Read and merge what is queued; true if the queue was emptied."""
+        taken = 0
+        while taken < BATCH_BYTES:
+            try:
+                data = os.read(self._group, READ_BYTES)
+            except BlockingIOError:
+                return True
+            decode(data, events)
+            taken += len(data)
+        return False
+
+    def _learn_directories(self, events: Events) -> tuple[MovedIn, ...]:
+        """Bring the tree up to date before any path is asked of it; returns what came with contents."""
+        moved: list[tuple[bytes, bytes]] = []
+        for child, (key, by_rename) in events.children.items():
+            directory, name = split(key)
+            if by_rename:
+                self._tree.moved(file_handle(child), file_handle(directory), name)
+                moved.append((key, events.renames.get(key, b"")))
+            elif name != b".":
+                self._tree.created(file_handle(child), file_handle(directory), name)
+        return tuple(self._moved_in(moved))
+
+    def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
+        found = []
+        for new, old in moved:
+            came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
+            directory, name = split(new)
+            for place in self._tree.places(file_handle(directory)):
+                if place.layer not in came_from:
+                    found.append(MovedIn(place.layer, place.child(name)))
+        return found
+
+    def _by_directory(self, events: Events) -> tuple[dict[bytes, list[tuple[bytes, int, bytes]]], tuple[bytes, ...]]:
+        """Names grouped by the handle of their directory, and the barriers among them."""
+        directories: dict[bytes, list[tuple[bytes, int, bytes]]] = {}
+        barriers: list[bytes] = []
+        for key, value in events.names.items():
+            directory, name = split(key)
+            if directory == self._barrier:
+                barriers.append(name)
+                continue
+            directories.setdefault(file_handle(directory), []).append((name, value, key))
+        return directories, tuple(barriers)
+
+    def _look(
+        self,
+        handle: bytes,
+        place: Place,
+        names: list[tuple[bytes, int, bytes]],
+        events: Events,
+        now_ns: int,
+        changes: list[Change],
+    ) -> None:
+        touches = [
+            Touch(
+                name,
+                self._kinds_of(value & MASK),
+                bool(value & fan.FAN_ONDIR),
+                value >> MASK_BITS or None,
+                self._renamed_from(events.renames[key], place.layer) if key in events.renames else None,
+            )
+            for name, value, key in names
+        ]
+        descriptor = self._tree.open(handle)
+        try:
+            changes.extend(look(descriptor, place, touches, now_ns))
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _renamed_from(self, old: bytes, layer: str) -> bytes | None:
+        directory, name = split(old)
+        for place in self._tree.places(file_handle(directory)):
+            if place.layer == layer:
+                return place.child(name)
+        return None
+
+    def _kinds_of(self, mask: int) -> int:
+        kinds = self._kinds.get(mask)
+        if kinds is None:
+            kinds = self._kinds[mask] = sum(int(kind) for bits, kind in _KINDS if mask & bits)
+        return kinds
+
+    def _anchors(self) -> list[int]:
+        """Descriptors of the mounts that the layers lie in, opened when they are needed and closed when idle."""
+        if not self._opened:
+            for layer in self._layers.values():
+                with contextlib.suppress(LayerError):
+                    self._open_anchor(layer)
+        return self._opened
+
+    def _open_anchor(self, layer: WatchedLayer) -> None:
+        mount = layer.open_mount()
+        try:
+            anchor = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+        finally:
+            os.close(mount)
+        root = name_to_handle_at(anchor)
+        if any(name_to_handle_at(opened) == root for opened in self._opened):
+            os.close(anchor)
+        else:
+            self._opened.append(anchor)
+
+    def _mark_barrier(self, directory: bytes) -> bytes:
+        """Mark the barrier directory; returns its key as it stands in records."""
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fan.fanotify_mark(
+                self._group, fan.FAN_MARK_ADD | fan.FAN_MARK_ONLYDIR, fan.FAN_CREATE, dirfd=descriptor, path=b"."
+            )
+            fsid = os.fstatvfs(descriptor).f_fsid
+            return fsid.to_bytes(8, "little") + name_to_handle_at(descriptor).pack()
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,160 @@
+"""Where the directories of one filesystem lie, learned as they are met: file handle -> parent and name.
+
+Facts
+* open_by_handle_at(2) finds a directory of the filesystem by its handle wherever it was moved; `..` of that descriptor is its
+  parent now, and the last component of its /proc/self/fd link is its name.
+* `..` from a directory that does not lie below the root of the mount that it was opened through fails with ENOENT. So a
+  directory is inside exactly if climbing from it arrives at the root of a layer.
+* The link of a directory that was removed ends in " (deleted)", as may a real name: st_nlink is 0 only for the former.
+
+What this means for us: nothing is walked in advance, a rename of a directory is one changed entry whatever lies below it, and
+no path is ever followed. Entries are checked with the kernel when they are learned or renamed, never guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+from watchd.kernel.files import name_to_handle_at, open_by_handle_at
+from watchd.sources.look import Place
+
+NODES_MAX = 131_072
+"""Directories remembered; about 200 bytes each. At the bound all are forgotten and learned again as they are met."""
+
+_DELETED = b" (deleted)"
+_PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class DirectoryTree:
+    """Handles (packed struct file_handle) of directories of one filesystem, and which layers they lie in."""
+
+    def __init__(self, anchors: Callable[[], list[int]]) -> None:
+        """`anchors` gives descriptors (not O_PATH) of mounts through which the filesystem's directories can be opened."""
+        self._anchors = anchors
+        self._nodes: dict[bytes, tuple[bytes, bytes] | None] = {}
+        self._roots: dict[bytes, list[str]] = {}
+        self._places: dict[bytes, tuple[Place, ...]] = {}
+        self.forgotten = 0
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def add_root(self, handle: bytes, layer: str) -> None:
+        """`handle` is the root directory of `layer`."""
+        self._roots.setdefault(handle, []).append(layer)
+        self.clear()
+
+    def remove_root(self, layer: str) -> None:
+        """The layer is watched no more."""
+        for handle, layers in list(self._roots.items()):
+            if layer in layers:
+                layers.remove(layer)
+                if not layers:
+                    del self._roots[handle]
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every directory, for instance because events were lost."""
+        self._nodes.clear()
+        self._places.clear()
+
+    def begin(self) -> None:
+        """A new batch begins: places are remembered for its length only, and the bound is kept."""
+        self._places.clear()
+        if len(self._nodes) >= NODES_MAX:
+            self._nodes.clear()
+            self.forgotten += 1
+
+    def places(self, handle: bytes) -> tuple[Place, ...]:
+        """The places of a directory, one for each layer that contains it; empty outside of all layers or if unknown."""
+        places = self._places.get(handle)
+        if places is None:
+            places = self._places[handle] = self._find(handle)
+        return places
+
+    def created(self, handle: bytes, parent: bytes, name: bytes) -> None:
+        """An event told that this directory appeared under `name`; believed if nothing better is known."""
+        if self._nodes.get(handle) is None and handle not in self._roots:
+            self._nodes[handle] = (parent, name)
+
+    def moved(self, handle: bytes, parent: bytes, name: bytes) -> None:
+        """An event told that this directory was renamed: ask the kernel where it is, believe the event if it is gone."""
+        self._nodes.pop(handle, None)
+        self._places.clear()
+        if not self._learn(handle):
+            self._nodes[handle] = (parent, name)
+
+    def open(self, handle: bytes) -> int | None:
+        """An owned O_PATH descriptor of a directory, None if it is gone."""
+        for anchor in self._anchors():
+            with contextlib.suppress(OSError):
+                return open_by_handle_at(anchor, handle, flags=os.O_PATH | os.O_DIRECTORY)
+        return None
+
+    def _find(self, handle: bytes) -> tuple[Place, ...]:
+        found = tuple(Place(layer, b"") for layer in self._roots.get(handle, ()))
+        if handle not in self._nodes and not self._learn(handle):
+            return found
+        node = self._nodes.get(handle)
+        if node is None:
+            return found
+        parent, name = node
+        return found + tuple(Place(place.layer, place.child(name)) for place in self.places(parent))
+
+    def _learn(self, handle: bytes) -> bool:
+        """Climb from a directory to one that is known; false if it is gone."""
+        for anchor in self._anchors():
+            try:
+                descriptor = open_by_handle_at(anchor, handle, flags=os.O_PATH | os.O_DIRECTORY)
+            except OSError:
+                continue
+            if self._climb(descriptor, handle):
+                return True
+        return handle in self._nodes
+
+    def _climb(self, descriptor: int, handle: bytes) -> bool:
+        """Enter the ancestors of an owned descriptor; false, with the start noted as outside, if it is not connected."""
+        nodes = self._nodes
+        try:
+            while True:
+                try:
+                    above = os.open("..", _PARENT_FLAGS, dir_fd=descriptor)
+                except OSError:
+                    nodes[handle] = None
+                    return False
+                try:
+                    parent = name_to_handle_at(above).pack()
+                    known = parent in nodes
+                    nodes[handle] = None if parent == handle else (parent, _name_of(descriptor, above))
+                except OSError:
+                    os.close(above)
+                    raise
+                os.close(descriptor)
+                descriptor = above
+                if known or parent == handle:
+                    return True
+                handle = parent
+        finally:
+            os.close(descriptor)
+
+
+def _name_of(directory: int, parent: int) -> bytes:
+    try:
+        link = os.readlink(b"/proc/self/fd/%d" % directory)
+    except OSError:  # a path longer than a page
+        return _search_name(directory, parent)
+    if link.endswith(_DELETED) and os.stat(directory).st_nlink == 0:
+        link = link[: -len(_DELETED)]
+    return link.rpartition(b"/")[2]
+
+
+def _search_name(directory: int, parent: int) -> bytes:
+    wanted = os.stat(directory).st_ino
+    listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        with os.scandir(listing) as entries:
+            return next((os.fsencode(entry.name) for entry in entries if entry.inode() == wanted), b"?")
+    finally:
+        os.close(listing)

@@ -1,0 +1,162 @@
+"""The thread that owns one source: it waits for the kernel, collects, and runs what others ask of the source.
+
+Reading and looking may block on the watched filesystem; that stops this thread and the layers of this source only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from watchd.errors import WatchdError
+from watchd.records import Change
+from watchd.sources.base import Batch, Source
+
+LINGER_MS = 20
+"""So long after the last event the source keeps what it opened; then it lets go."""
+
+GATHER_RECORDS = 2000
+GATHER_MS = 5
+"""After a batch of so many changes the next read waits a little, so that the kernel merges more into each record."""
+
+T = TypeVar("T")
+
+
+class Sink(Protocol):
+    """Where the results go; called in the worker's thread and must not block."""
+
+    def batch(self, worker: Worker, batch: Batch) -> None:
+        """A collection of the source."""
+
+    def lost(self, worker: Worker, error: Exception) -> None:
+        """The source broke; nothing more will come from it."""
+
+
+@dataclass
+class _Scan:
+    slices: Iterator[list[Change]]
+    found: Callable[[list[Change]], None]
+    done: Callable[[Exception | None], None]
+
+
+class Worker(threading.Thread):
+    """Runs one source. `submit`, `scan` and `stop` may be called from any thread."""
+
+    def __init__(self, source: Source, sink: Sink, *, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.source = source
+        self._sink = sink
+        self._work: deque[Callable[[], None]] = deque()
+        self._scans: deque[_Scan] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._broken = False
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` in the worker's thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = work()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._lock:
+            if self._stopping:
+                future.set_exception(WatchdError("the source was stopped"))
+                return future
+            self._work.append(run)
+            os.eventfd_write(self._wake, 1)
+        return future
+
+    def scan(
+        self,
+        slices: Iterator[list[Change]],
+        found: Callable[[list[Change]], None],
+        done: Callable[[Exception | None], None],
+    ) -> None:
+        """Work through `slices` in the worker's thread, between collections; `done` is told how it ended."""
+        self.submit(lambda: self._scans.append(_Scan(slices, found, done)))
+
+    def stop(self) -> None:
+        """End the thread and close the source."""
+        with self._lock:
+            self._stopping = True
+            os.eventfd_write(self._wake, 1)
+        if self.is_alive():
+            self.join()
+        os.close(self._wake)
+
+    def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self.source.fileno(), select.POLLIN)
+        try:
+            while not self._stopping:
+                self._step(poll)
+        finally:
+            self.source.close()
+
+    def _step(self, poll: select.poll) -> None:
+        ready = {descriptor for descriptor, _ in poll.poll(0 if self._scans else LINGER_MS)}
+        if not ready and not self._scans:
+            self._guard(self.source.idle)
+            ready = {descriptor for descriptor, _ in poll.poll()}
+        if self._wake in ready:
+            self._run_work()
+        if not self._broken and self.source.fileno() in ready:
+            self._guard(self._collect)
+            if self._broken:
+                poll.unregister(self.source.fileno())
+        elif self._scans:
+            self._continue_scan(self._scans[0])
+
+    def _run_work(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._work:
+            self._work.popleft()()
+
+    def _collect(self) -> None:
+        batch = self.source.collect()
+        if batch is None:
+            return
+        self._sink.batch(self, batch)
+        if len(batch.changes) >= GATHER_RECORDS and not batch.barriers:
+            select.select([self._wake], [], [], GATHER_MS / 1000)
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """An exception of the source becomes a lost source, and it is not asked again."""
+        if self._broken:
+            return
+        try:
+            step()
+        except Exception as error:
+            self._broken = True
+            self._sink.lost(self, error)
+
+    def _continue_scan(self, scan: _Scan) -> None:
+        try:
+            changes = next(scan.slices, None)
+        except Exception as error:
+            self._scans.remove(scan)
+            scan.done(error)
+            return
+        if changes is None:
+            self._scans.remove(scan)
+            scan.done(None)
+        elif changes:
+            scan.found(changes)
