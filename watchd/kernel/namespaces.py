@@ -1,0 +1,188 @@
+"""Mount namespaces: which one a process is in, and doing something inside another one.
+
+Facts
+* open_tree(OPEN_TREE_CLONE) of a path whose mount belongs to another mount namespace fails with EINVAL, also by way of
+  /proc/<pid>/root: a clone is made by somebody who is in that namespace (check_mnt in fs/namespace.c).
+* setns(CLONE_NEWNS) moves the calling thread only, and wants a thread that shares its root and working directory with no
+  other: EINVAL before unshare(CLONE_FS). It sets both to the root of the namespace, which for a process after chroot(2) is
+  not the root that its mountinfo is relative to; so the thread also takes that process's root.
+* A namespace lives, and with it all of its mounts, for as long as a thread is in it or a descriptor is open on its ns file or
+  on any /proc/<pid>/mountinfo that shows it. So nothing of the kind is held at rest.
+* A descriptor on /proc/<pid>/root makes the mount under it busy: it is closed before the errand begins.
+* The inode number of a namespace is used again soon after its end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+from watchd.errors import DeadlineError, MountError
+from watchd.kernel.libc import function
+
+CLONE_FS = 0x200
+CLONE_NEWNS = 0x20000
+
+T = TypeVar("T")
+
+_unshare = function("unshare", ctypes.c_int)
+_setns = function("setns", ctypes.c_int, ctypes.c_int)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), of the calling thread. Raises OSError."""
+    _unshare(flags)
+
+
+def setns(fd: int, nstype: int) -> None:
+    """setns(2), of the calling thread. Raises OSError."""
+    _setns(fd, nstype)
+
+
+def mount_namespace(pid: int | str = "self") -> int:
+    """The inode number of a process's mount namespace. Raises OSError (ENOENT, ESRCH: the process is gone)."""
+    # The link's text is `mnt:[INODE]`; reading it costs half of a stat and opens nothing.
+    return int(os.readlink(f"/proc/{pid}/ns/mnt")[5:-1])
+
+
+class Courier:
+    """A thread that runs errands inside other mount namespaces and comes home after each; for use from any thread.
+
+    Errands run one at a time. An errand makes system calls only: an import or a lazily opened file would come from the other
+    namespace. One that overstays is given up with its thread, which stays in the other namespace until its call returns;
+    the next errand gets a new thread.
+    """
+
+    def __init__(self, *, timeout_s: float = 10.0) -> None:
+        self._timeout_s = timeout_s
+        self._turn = threading.Lock()
+        self._jobs: _Jobs | None = None
+
+    def run(
+        self,
+        pid: int,
+        errand: Callable[[], T],
+        *,
+        namespace: int | None = None,
+        discard: Callable[[T], object] | None = None,
+    ) -> T:
+        """What `errand` returns or raises, in the mount namespace of `pid` and with its root directory.
+
+        With `namespace` the process must still be in that one. `discard` is given a result that comes too late. Raises
+        MountError if the process or its namespace is gone or must not be entered, DeadlineError if the errand overstays.
+        """
+        answer: Future[T] = Future()
+
+        def go(home: _Home) -> None:
+            try:
+                result = _visit(pid, namespace, errand, home)
+            except BaseException as error:  # whatever it is, somebody waits for it
+                _settle(answer.set_exception, error)
+            else:
+                if not _settle(answer.set_result, result) and discard is not None:
+                    discard(result)
+
+        with self._turn:
+            self._jobs = self._jobs or _start_thread()
+            self._jobs.put(go)
+            try:
+                return answer.result(self._timeout_s)
+            except TimeoutError:
+                if not answer.cancel():
+                    return answer.result()
+                self._dismiss()
+                raise DeadlineError(f"the mounts of process {pid} do not answer within {self._timeout_s:g} s") from None
+
+    def close(self) -> None:
+        """End the thread once its errand is done."""
+        with self._turn:
+            self._dismiss()
+
+    def _dismiss(self) -> None:
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._jobs = None
+
+
+class _Home:
+    """Where the thread came from, and the way back."""
+
+    def __init__(self) -> None:
+        self._namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def enter(self) -> None:
+        _enter(self._namespace, self._root)
+
+    def close(self) -> None:
+        os.close(self._root)
+        os.close(self._namespace)
+
+
+_Jobs = queue.SimpleQueue[Callable[[_Home], None] | None]
+
+
+def _start_thread() -> _Jobs:
+    jobs: _Jobs = queue.SimpleQueue()
+    ready: Future[None] = Future()
+    threading.Thread(target=_serve, args=(jobs, ready), name="courier", daemon=True).start()
+    ready.result()
+    return jobs
+
+
+def _serve(jobs: _Jobs, ready: Future[None]) -> None:
+    try:
+        unshare(CLONE_FS)
+        home = _Home()
+    except OSError as error:
+        ready.set_exception(error)
+        return
+    ready.set_result(None)
+    try:
+        while (job := jobs.get()) is not None:
+            job(home)
+            del job  # it holds the errand, and with it whatever the errand refers to
+    finally:
+        home.close()
+
+
+def _visit(pid: int, namespace: int | None, errand: Callable[[], T], home: _Home) -> T:
+    try:
+        _enter_process(pid, namespace)
+        return errand()
+    finally:
+        # Before the caller gets its answer, so that nothing of ours is left there when `run` returns.
+        home.enter()
+
+
+def _enter_process(pid: int, namespace: int | None) -> None:
+    try:
+        with open(f"/proc/{pid}/ns/mnt", "rb", buffering=0) as entrance:
+            if namespace is not None and os.fstat(entrance.fileno()).st_ino != namespace:
+                raise MountError(f"process {pid} is in another mount namespace now")
+            root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _enter(entrance.fileno(), root)
+            finally:
+                os.close(root)
+    except OSError as error:
+        raise MountError(f"cannot enter the mount namespace of process {pid}: {error.strerror}") from error
+
+
+def _enter(namespace: int, root: int) -> None:
+    setns(namespace, CLONE_NEWNS)
+    os.fchdir(root)
+    os.chroot(".")
+
+
+def _settle(setter: Callable[[Any], None], value: Any) -> bool:
+    try:
+        setter(value)
+    except InvalidStateError:  # given up
+        return False
+    return True

@@ -1,0 +1,99 @@
+"""Getting hold of merged mounts and layers, for moments, without making them busy.
+
+Facts
+* A descriptor (O_PATH too) or working directory on a mount makes its umount fail with EBUSY; a detached clone of it does not.
+  open_tree(OPEN_TREE_CLONE) by path walks and clones in one system call, so there is no moment in which a thread of ours that
+  was scheduled away holds the mount itself.
+* A clone is without submounts, just like what overlayfs holds of its layers.
+* Paths are walked with the root directory of the view, so no symlink leads out of it; and a magic link that does leads to
+  a mount of another namespace, of which open_tree makes no clone. Whatever the walk finds is then held against the identity
+  that is expected, so it does not matter who changed which link meanwhile.
+* The device number alone identifies a mount of an overlay: where a mount point was unmounted and its path still has the
+  number, it is the same directory of the same overlay seen through the mount around it.
+* Without CAP_SYS_ADMIN in the user namespace that owns the mount namespace: EPERM. A directory below which mounts are locked
+  (copied from a more privileged mount namespace) cannot be cloned: EINVAL.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from watchd.errors import LayerError, MountError
+from watchd.kernel.files import AT_HANDLE_FID, FileHandle, name_to_handle_at
+from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD
+from watchd.kernel.mounts import open_tree_clone
+from watchd.kernel.namespaces import Courier, mount_namespace
+from watchd.overlay.model import LayerDirectory, MountPoint, View
+
+T = TypeVar("T")
+
+
+def in_view(
+    view: View, errand: Callable[[], T], *, courier: Courier, discard: Callable[[T], object] | None = None
+) -> T:
+    """Run `errand` where the paths of `view` hold: here if that is our own namespace, else by courier (see there)."""
+    if view.namespace == mount_namespace():
+        return errand()
+    return courier.run(view.pid, errand, namespace=view.namespace, discard=discard)
+
+
+def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:
+    """A detached clone of an overlay's mount; an owned descriptor (O_PATH) on its root.
+
+    Raises MountError if it cannot be had or the path no longer shows the overlay `device`.
+    """
+    try:
+        fd = in_view(point.view, lambda: clone_path(point.path), courier=courier, discard=os.close)
+    except OSError as error:
+        raise MountError(f"{os.fsdecode(point.path)}: cannot get hold of the mount: {error.strerror}") from error
+    try:
+        found = os.fstat(fd).st_dev
+        if f"{os.major(found)}:{os.minor(found)}" != device:
+            raise MountError(f"{os.fsdecode(point.path)} shows something else than the overlay {device} now")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def clone_directory(layer: LayerDirectory, courier: Courier) -> int:
+    """A detached clone of the mount that a layer is on, rooted at the layer; an owned descriptor (O_PATH).
+
+    Raises LayerError if it cannot be had or the path no longer leads to that directory.
+    """
+    shown = os.fsdecode(layer.path)
+    if layer.error:
+        raise LayerError(f"{shown}: {layer.error}")
+    try:
+        fd = in_view(layer.view, lambda: clone_path(layer.path), courier=courier, discard=os.close)
+    except OSError as error:
+        raise LayerError(f"{shown}: cannot get hold of the layer: {error.strerror}") from error
+    except MountError as error:
+        raise LayerError(f"{shown}: {error}") from error
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino, handle_of(fd)) != (layer.device, layer.inode, layer.handle):
+            raise LayerError(f"{shown}: the path shows something else now")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def clone_path(path: bytes) -> int:
+    """A detached clone of what the calling thread sees at `path`. Raises OSError (EINVAL also: of another namespace)."""
+    return open_tree_clone(AT_FDCWD, path)
+
+
+def handle_of(fd: int) -> FileHandle | None:
+    """The file handle of an open directory, if need be one that only identifies; None where there are none."""
+    for flags in (AT_EMPTY_PATH, AT_EMPTY_PATH | AT_HANDLE_FID):
+        try:
+            return name_to_handle_at(fd, flags=flags)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EOVERFLOW):
+                raise
+    return None

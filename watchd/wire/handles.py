@@ -1,0 +1,56 @@
+"""Overlay file handles: what name_to_handle_at(AT_HANDLE_FID) answers on an object of a merged mount.
+
+Facts (struct ovl_fh and ovl_fb in fs/overlayfs/overlayfs.h; the same on every architecture, no byte order involved)
+
+    offset  size  meaning
+    0       3     padding, so that the fid is aligned
+    3       1     version, 0
+    4       1     magic, 0xfb
+    5       1     length of everything from the version on: 21 + length of the fid
+    6       1     flags: 1 encoded on a big endian machine, 2 any endian, 4 the object is in the upper
+    7       1     handle type of the layer's filesystem
+    8       16    uuid of the layer's superblock; zero with `uuid=off` and for filesystems without one (squashfs)
+    24      n     fid, as name_to_handle_at gives it on the layer itself
+
+The handle type of the whole is 0xf8 (OVL_FILEID_V1); an older format, 0xfb (OVL_FILEID_V0), lacks the padding and is not
+produced since Linux 5.10. A merged directory reveals its first layer only: the upper, if there is one.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from watchd.errors import WireError
+
+OVL_FILEID_V1 = 0xF8
+
+_header = struct.Struct("3xBBBBB16s")
+_PADDING_BYTES = 3
+_VERSION = 0
+_MAGIC = 0xFB
+_NO_UUID = bytes(16)
+
+
+class OverlayHandle(msgspec.Struct, frozen=True, gc=False):
+    """The real object that an object of a merged mount resolves to now."""
+
+    flags: int
+    type: int
+    uuid: bytes | None
+    """Of the real filesystem, 16 bytes; None where the overlay does not tell."""
+    fid: bytes
+
+
+def parse_overlay_handle(handle_type: int, data: bytes) -> OverlayHandle:
+    """Decode the handle of an object of a merged mount. Raises WireError if it is not an overlay's."""
+    if handle_type != OVL_FILEID_V1:
+        raise WireError(f"not the handle of an overlay: type {handle_type:#x}")
+    if len(data) < _header.size:
+        raise WireError(f"the handle of an overlay is cut short: {data.hex()}")
+    version, magic, length, flags, kind, uuid = _header.unpack_from(data)
+    end = _PADDING_BYTES + length
+    if version != _VERSION or magic != _MAGIC or not _header.size <= end <= len(data):
+        raise WireError(f"not the handle of an overlay: {data.hex()}")
+    return OverlayHandle(flags=flags, type=kind, uuid=None if uuid == _NO_UUID else uuid, fid=data[_header.size : end])
