@@ -41,7 +41,7 @@ class Metrics:
     """The counters, and the server that shows them. Counting is safe in every thread."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         self._server: tuple[WSGIServer, Thread] | None = None
         build = Gauge("watchd_build_info", "The version that runs; always 1.", ["version"], registry=registry)

@@ -85,11 +85,11 @@ def _stack_in(view: View, overlay: Overlay, truth: OverlayHandle | None) -> Reso
     first = next(iter([*_upper(overlay), *overlay.lowerdir]), b"")
     if not _fits(first, view, truth):
         return None
-    return _stack(overlay, functools.partial(_look_up, view=view), proven=truth is not None)
+    return _stack(overlay, functools.partial(look_up, view=view), proven=truth is not None)
 
 
 def _fits(path: bytes, view: View, truth: OverlayHandle | None) -> bool:
-    layer = _look_up(path, view=view)
+    layer = look_up(path, view=view)
     if layer.error or truth is None:
         return not layer.error
     if layer.handle != FileHandle(truth.type, truth.fid):
@@ -112,7 +112,8 @@ def _stack(overlay: Overlay, look_up: Callable[[bytes], LayerDirectory], *, prov
     )
 
 
-def _look_up(path: bytes, *, view: View) -> LayerDirectory:
+def look_up(path: bytes, *, view: View) -> LayerDirectory:
+    """The directory at an absolute path as the calling thread sees it, which must be in `view`. Raises nothing."""
     if not path.startswith(b"/"):
         return LayerDirectory(
             path, view, error="unknown: the path is relative to a directory that only the mounter knew"

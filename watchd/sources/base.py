@@ -22,7 +22,8 @@ class WatchedLayer:
     path: bytes
     device: int
     """st_dev of the layer's root directory."""
-    root: FileHandle
+    root: FileHandle | None
+    """None where the filesystem has no file handles."""
     open: Callable[[], int] = field(repr=False, compare=False)
     """A detached mount rooted at the layer's directory, as an owned O_PATH descriptor. Raises LayerError."""
     open_mount: Callable[[], int] = field(repr=False, compare=False)

@@ -70,6 +70,8 @@ class FanotifySource:
         return self._group
 
     def add(self, layer: WatchedLayer) -> None:
+        if layer.root is None:
+            raise UnsupportedError("no fanotify mark for this filesystem: it has no file handles")
         mount = layer.open_mount()
         try:
             fan.fanotify_mark(self._group, fan.FAN_MARK_ADD | fan.FAN_MARK_FILESYSTEM, self._mask, dirfd=mount)

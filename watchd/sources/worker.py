@@ -6,8 +6,11 @@ Reading and looking may block on the watched filesystem; that stops this thread 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
+import struct
+import termios
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
@@ -27,6 +30,7 @@ GATHER_MS = 5
 """After a batch of so many changes the next read waits a little, so that the kernel merges more into each record."""
 
 T = TypeVar("T")
+_INT = struct.Struct("=i")
 
 
 class Sink(Protocol):
@@ -90,6 +94,16 @@ class Worker(threading.Thread):
     ) -> None:
         """Work through `slices` in the worker's thread, between collections; `done` is told how it ended."""
         self.submit(lambda: self._scans.append(_Scan(slices, found, done)))
+
+    def queued_bytes(self) -> int:
+        """What the kernel holds for the source to read; 0 once it is closed."""
+        with self._lock:
+            if self._stopping or self._broken:
+                return 0
+            try:
+                return _INT.unpack(fcntl.ioctl(self.source.fileno(), termios.FIONREAD, bytes(4)))[0]  # type: ignore[no-any-return]
+            except OSError:
+                return 0
 
     def stop(self) -> None:
         """End the thread and close the source."""

@@ -1,0 +1,148 @@
+"""The control socket: one JSON line in, one JSON line out.
+
+Facts: the kernel checks write permission on the socket file at connect(2), so mode and group of the file decide who may ask at
+all (unix(7)); SO_PEERCRED tells who asks, as of connect, and cannot be forged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import socket
+import stat
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from watchd.config.schema import SOCKET_NAME, Control
+from watchd.errors import (
+    ConfigError,
+    DeadlineError,
+    JournalError,
+    LayerError,
+    MountError,
+    NotPermittedError,
+    UsageError,
+    WatchdError,
+)
+
+log = logging.getLogger(__name__)
+
+REQUEST_MAX_BYTES = 1 << 20
+REQUEST_TIMEOUT_S = 10.0
+CONNECTIONS_MAX = 128
+
+_KINDS: tuple[tuple[type[WatchdError], str], ...] = (
+    (UsageError, "usage"),
+    (ConfigError, "config"),
+    (NotPermittedError, "permission"),
+    (DeadlineError, "deadline"),
+    (MountError, "mount"),
+    (LayerError, "mount"),
+    (JournalError, "journal"),
+)
+_ucred = struct.Struct("=iII")
+
+Verb = Callable[[Mapping[str, Any]], Awaitable[Any]]
+
+
+class ControlServer:
+    """Answers requests on `<runtime_directory>/watchd.sock`."""
+
+    def __init__(self, runtime_directory: Path, verbs: Mapping[str, Verb], *, root_only: frozenset[str]) -> None:
+        """`root_only`: verbs that change something, for root and the daemon's own user only."""
+        self._path = runtime_directory / SOCKET_NAME
+        self._verbs, self._root_only = verbs, root_only
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, settings: Control) -> None:
+        """Listen. Raises NotPermittedError, OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(self._path.lstat().st_mode):
+                raise UsageError(f"{self._path} is in the way", remedy="remove it, it is no socket")
+            self._path.unlink()  # ours alone: the lock of the runtime directory is held
+        before = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, self._path, limit=REQUEST_MAX_BYTES)
+        finally:
+            os.umask(before)
+        self.permit(settings)
+
+    def permit(self, settings: Control) -> None:
+        """Who may ask, by mode and group of the socket. Raises ConfigError for a group that does not exist."""
+        try:
+            group = grp.getgrnam(settings.group).gr_gid
+        except KeyError:
+            raise ConfigError(f"control.group: there is no group {settings.group!r}", remedy="create it") from None
+        os.chown(self._path, -1, group)
+        os.chmod(self._path, int(settings.mode))
+
+    async def close(self) -> None:
+        """Stop answering."""
+        if self._server is None:
+            return
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if len(self._tasks) <= CONNECTIONS_MAX:
+                writer.write(await self._answer(reader, writer) + b"\n")
+                await writer.drain()
+        except (OSError, asyncio.CancelledError):
+            pass  # the peer is gone, or we are
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                line = await reader.readline()
+            result = await self._dispatch(line, writer)
+        except WatchdError as error:
+            kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), "internal")
+            return _failure(str(error), kind)
+        except (ValueError, TimeoutError) as error:
+            return _failure(f"bad request: {error or 'it did not arrive in time'}", "usage")
+        except OSError as error:
+            return _failure(f"{error.filename or 'internal error'}: {error.strerror}", "internal")
+        except Exception as error:
+            log.exception("a request failed")
+            return _failure(f"internal error, please report it: {error!r}", "internal")
+        return msgspec.json.encode({"ok": True, "result": result})
+
+    async def _dispatch(self, line: bytes, writer: asyncio.StreamWriter) -> Any:
+        try:
+            request = msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise UsageError(f"bad request: {error}") from None
+        verb = request.pop("verb", None)
+        if not isinstance(verb, str) or verb not in self._verbs:
+            raise UsageError(f"unknown verb {verb!r}", remedy="use the watchd command of the same version")
+        self._check_peer(verb, writer.get_extra_info("socket"))
+        return await self._verbs[verb](request)
+
+    def _check_peer(self, verb: str, peer: socket.socket) -> None:
+        _, uid, _ = _ucred.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
+        if verb in self._root_only and uid not in (0, os.geteuid()):
+            raise NotPermittedError(f"{verb} is for root only, not for uid {uid}", remedy="run it as root")
+
+
+def _failure(message: str, kind: str) -> bytes:
+    return msgspec.json.encode({"ok": False, "error": message.replace("\n", " "), "kind": kind})

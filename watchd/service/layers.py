@@ -1,0 +1,432 @@
+"""The layers that are watched: which source watches which, and what the journal may be missing of each.
+
+A layer's life: adopted (a source watches it from now on) -> live. When events may have been lost (overflow, restart, a source
+that broke) its desync is recorded at once; then the source recovers, a scan looks for what changed since the journal was last
+complete, the mounts over it are invalidated, and the resync is recorded -> live again. There is one path for all of them.
+
+All methods run in the event loop's thread. What the workers tell arrives there in the order in which it happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from watchd.coherence.engine import Engine
+from watchd.coherence.view import STRUCTURE, Suspect
+from watchd.config.schema import Sources
+from watchd.errors import LayerError, UnsupportedError, WatchdError
+from watchd.journal.format import LayerMark
+from watchd.journal.writer import Journal
+from watchd.kernel.files import FileHandle
+from watchd.metrics import Metrics
+from watchd.overlay.model import LayerDirectory
+from watchd.records import Change, Desync, Kind, Resync, Via
+from watchd.service.names import NameBook
+from watchd.sources.base import Batch, MovedIn, Source, WatchedLayer
+from watchd.sources.fanotify import FanotifySource
+from watchd.sources.inotify import InotifySource
+from watchd.sources.scan import changed_since, everything_below
+from watchd.sources.worker import Worker
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""A layer that could not be watched is tried again after so long."""
+
+MARK_INTERVAL_NS = 1_000_000_000
+"""How far each layer is complete is noted in the journal this often at most; a restart scans from there."""
+
+SEQUENCES_KEPT = 4096
+
+Key = tuple[int, int, FileHandle | None]
+
+
+@dataclass(eq=False)
+class Layer:
+    """A lower layer. Owned by the event loop."""
+
+    name: str
+    directory: LayerDirectory
+    watched: WatchedLayer
+    backend: str
+    """What was asked for; `worker.source.backend` is what was got."""
+    devices: set[str] = field(default_factory=set)
+    configured: bool = False
+    worker: Worker | None = None
+    state: str = "scanning"
+    reason: str = ""
+    complete_ns: int = 0
+    desync_seq: int = 0
+    scan_again: bool = False
+    differences: int = 0
+    retry_at: float = 0.0
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while nothing is missing that could be had: live or failed."""
+
+    def become(self, state: str, reason: str = "") -> None:
+        """Change the state."""
+        self.state, self.reason = state, reason
+        if state in ("live", "failed"):
+            self.settled.set()
+        else:
+            self.settled.clear()
+
+
+class LayerBook:
+    """All layers and the workers of their sources; the sink of the workers."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        settings: Sources,
+        barrier_directory: Path,
+        names: NameBook,
+    ) -> None:
+        self.settings = settings
+        self.layers: dict[Key, Layer] = {}
+        self._journal, self._engine, self._metrics = journal, engine, metrics
+        self._names = names
+        self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
+        self._barrier_directory = barrier_directory
+        self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
+        self._workers: dict[object, Worker] = {}
+        self._routes: dict[str, tuple[str, ...]] = {}
+        self._numbers = itertools.count(1)
+        self._sequences: dict[int, int] = {}
+        self._tokens = itertools.count(1)
+        self._marked_ns = 0
+        self._unmarked = False
+        self._loop = asyncio.get_running_loop()
+
+    # ---- layers that come and go ------------------------------------------------------------------------------------
+
+    async def adopt(self, watched: WatchedLayer, directory: LayerDirectory, *, name: str, backend: str) -> Layer:
+        """Watch a layer; its state tells whether that worked."""
+        layer = Layer(name, directory, watched, backend)
+        self.layers[key_of(directory)] = layer
+        await self._watch(layer)
+        return layer
+
+    async def retry(self) -> None:
+        """Try again to watch what could not be watched."""
+        now = time.monotonic()
+        for layer in [layer for layer in self.layers.values() if layer.worker is None and layer.retry_at <= now]:
+            await self._watch(layer)
+
+    async def drop(self, layer: Layer) -> None:
+        """Stop watching; the journal says that changes may be missing from now on."""
+        del self.layers[key_of(layer.directory)]
+        if layer.complete_ns:
+            self._desync(layer, "source-lost")
+        self._names.release(layer.name)
+        await self._unwatch(layer)
+        self.reroute()
+
+    def reroute(self) -> None:
+        """Which mounts a layer's changes concern was changed."""
+        self._routes = {layer.name: tuple(sorted(layer.devices)) for layer in self.layers.values()}
+
+    async def close(self) -> None:
+        """Collect what is queued, note how far every layer is complete and end all workers."""
+        await self._barrier(set(self._workers.values()), timeout_s=2.0)
+        self._note_marks()
+        for worker in list(self._workers.values()):
+            await self._loop.run_in_executor(None, worker.stop)
+        self._workers.clear()
+
+    async def rewatch(self, settings: Sources) -> None:
+        """Use other settings for all sources from now on."""
+        if settings == self.settings:
+            return
+        self.settings = settings
+        for layer in self.layers.values():
+            self._desync(layer, "restart")
+            await self._unwatch(layer)
+            await self._watch(layer)
+
+    async def _watch(self, layer: Layer) -> None:
+        started_ns = time.time_ns()
+        for backend in self._candidates(layer):
+            try:
+                worker = self._worker(backend, layer)
+                await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+            except UnsupportedError as error:
+                layer.become("failed", str(error))
+                await self._discard_unused()
+            except (WatchdError, OSError) as error:
+                layer.become("failed", str(error))
+                await self._discard_unused()
+                break
+            else:
+                layer.worker = worker
+                self._began(layer, started_ns)
+                return
+        layer.retry_at = time.monotonic() + RETRY_S
+        log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+
+    def _candidates(self, layer: Layer) -> Sequence[str]:
+        wanted = self.settings.backend if layer.backend == "auto" else layer.backend
+        return ("fanotify", "inotify") if wanted == "auto" else (wanted,)
+
+    def _worker(self, backend: str, layer: Layer) -> Worker:
+        """One worker for all layers of a filesystem with fanotify, one for each layer with inotify. Raises as sources do."""
+        key: object = (backend, layer.directory.device if backend == "fanotify" else layer.name)
+        worker = self._workers.get(key)
+        if worker is None:
+            worker = self._workers[key] = Worker(self._source(backend), self, name=f"{backend} {layer.name}")
+            worker.start()
+        return worker
+
+    def _source(self, backend: str) -> Source:
+        barrier = os.fsencode(self._barrier_directory)
+        if backend == "fanotify":
+            return FanotifySource(
+                barrier_directory=barrier,
+                content=self.settings.content,
+                unlimited_queue=self.settings.queue == "unlimited",
+            )
+        if backend == "inotify":
+            return InotifySource(barrier_directory=barrier, content=self.settings.content)
+        raise UnsupportedError(
+            f"the backend {backend} is not part of this version", remedy="choose fanotify or inotify"
+        )
+
+    def _began(self, layer: Layer, started_ns: int) -> None:
+        """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it."""
+        mark = self._marks.get(layer.name)
+        if layer.desync_seq or (mark is not None and mark.path == layer.directory.path):
+            if not layer.desync_seq and mark is not None:
+                layer.complete_ns, layer.desync_seq = mark.complete_until_ns, mark.open_desync
+            self._desync(layer, "restart")
+            self._recover(layer)
+        else:
+            layer.complete_ns = started_ns
+            layer.become("live")
+            self._unmarked = True
+            self._note_marks()
+
+    async def _unwatch(self, layer: Layer) -> None:
+        if layer.worker is not None:
+            worker, layer.worker = layer.worker, None
+            worker.submit(partial(worker.source.remove, layer.name))
+        await self._discard_unused()
+
+    async def _discard_unused(self) -> None:
+        used = {layer.worker for layer in self.layers.values()}
+        for key, worker in list(self._workers.items()):
+            if worker not in used:
+                del self._workers[key]
+                await self._loop.run_in_executor(None, worker.stop)
+
+    # ---- what the workers tell (called in their threads) ------------------------------------------------------------
+
+    def batch(self, worker: Worker, batch: Batch) -> None:
+        """See `watchd.sources.worker.Sink`."""
+        if batch.overflow:
+            self._call(self._overflowed, worker)
+        number = next(self._numbers)
+        if batch.changes or batch.complete_ns:
+            self._call(self._record, number, worker, batch)
+        self._suspect(batch.changes, number, batch.read_ns)
+        for moved in batch.moved_in:
+            self._call(self._scan_moved_in, worker, moved)
+        if batch.barriers:
+            self._call(self._reached, worker, batch.barriers)
+
+    def lost(self, worker: Worker, error: Exception) -> None:
+        """See `watchd.sources.worker.Sink`."""
+        self._call(self._source_lost, worker, error)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _suspect(self, changes: Sequence[Change], number: int, read_ns: int) -> None:
+        by_layer: dict[str, dict[bytes, Suspect]] = {}
+        for change in changes:
+            kinds = change.kinds
+            if change.via == Via.SCAN:
+                kinds |= STRUCTURE | Kind.ATTRIB  # a scan sees the result only
+            elif kinds == Kind.MODIFY:
+                continue  # written in place: reads go to the real file
+            by_layer.setdefault(change.layer, {})[change.path] = Suspect(kinds, change.is_dir)
+        for name, suspects in by_layer.items():
+            if devices := self._routes.get(name):
+                self._engine.suspect(devices, suspects, number=number, read_ns=read_ns)
+
+    # ---- records ----------------------------------------------------------------------------------------------------
+
+    def sequence_of(self, number: int) -> int:
+        """The sequence number of the last change of a batch."""
+        return self._sequences.get(number, 0) if number else 0
+
+    def _record(self, number: int, worker: Worker, batch: Batch) -> None:
+        self._append(number, batch.changes)
+        self._metrics.events(worker.source.backend, batch.records)
+        if batch.complete_ns:
+            for layer in self._layers_of(worker):
+                if not layer.desync_seq:
+                    layer.complete_ns = max(layer.complete_ns, batch.complete_ns)
+            self._unmarked = True
+        if self._unmarked and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS:
+            self._note_marks()
+
+    def _append(self, number: int, changes: Sequence[Change]) -> None:
+        self._sequences[number] = self._journal.append(changes)
+        if len(self._sequences) > SEQUENCES_KEPT:
+            self._sequences.pop(next(iter(self._sequences)))
+        if changes:
+            self._metrics.changes(Counter((change.layer, change.kinds) for change in changes))
+
+    def _note_marks(self) -> None:
+        for layer in self.layers.values():
+            if layer.complete_ns:
+                self._marks[layer.name] = LayerMark(layer.directory.path, layer.complete_ns, layer.desync_seq)
+        self._journal.note(self._marks)
+        self._marked_ns, self._unmarked = time.monotonic_ns(), False
+
+    # ---- losing and finding -----------------------------------------------------------------------------------------
+
+    def _desync(self, layer: Layer, reason: str) -> None:
+        """From here on changes of the layer may be missing; said once until it is closed."""
+        layer.become("desynced", reason)
+        if layer.desync_seq:
+            return
+        layer.desync_seq = self._journal.append([Desync(time.time_ns(), layer.name, reason)])
+        self._metrics.desync(layer.name, reason)
+        self._note_marks()
+        log.warning("layer %s: changes may have been missed (%s)", layer.name, reason)
+
+    def _overflowed(self, worker: Worker) -> None:
+        for layer in self._layers_of(worker):
+            scanning = layer.state == "scanning"
+            self._desync(layer, "overflow")
+            if scanning:
+                layer.become("scanning", "overflow")
+                layer.scan_again = True
+            else:
+                self._recover(layer)
+
+    def _source_lost(self, worker: Worker, error: Exception) -> None:
+        log.warning("a source was lost: %s", error)
+        for layer in self._layers_of(worker):
+            self._desync(layer, "source-lost")
+            layer.worker = None
+            layer.become("failed", str(error))
+            layer.retry_at = 0.0
+        self._loop.create_task(self._discard_unused())
+
+    def _recover(self, layer: Layer) -> None:
+        """Find what was missed: the source first, so that nothing falls between, then a scan."""
+        worker = layer.worker
+        assert worker is not None
+        layer.become("scanning", layer.reason)
+        layer.scan_again = False
+        worker.submit(worker.source.recover)
+        worker.scan(
+            changed_since(layer.watched, layer.complete_ns),
+            partial(self._found, layer),
+            lambda error: self._call(self._scanned, layer, worker, error),
+        )
+
+    def _scan_moved_in(self, worker: Worker, moved: MovedIn) -> None:
+        for layer in self._layers_of(worker):
+            if layer.name == moved.layer:
+                worker.scan(everything_below(layer.watched, moved.path), partial(self._found, layer), _ignore)
+
+    def _found(self, layer: Layer, changes: list[Change]) -> None:
+        """A slice of a scan; in the worker's thread."""
+        number = next(self._numbers)
+        self._call(self._record_found, layer, number, changes)
+        self._suspect(changes, number, time.monotonic_ns())
+
+    def _record_found(self, layer: Layer, number: int, changes: list[Change]) -> None:
+        layer.differences += len(changes)
+        self._append(number, changes)
+
+    def _scanned(self, layer: Layer, worker: Worker, error: Exception | None) -> None:
+        if layer.worker is not worker:
+            return
+        if error is not None:
+            layer.worker = None
+            layer.become("failed", str(error))
+            layer.retry_at = time.monotonic() + RETRY_S
+            self._loop.create_task(self._discard_unused())
+            return
+        if layer.scan_again:
+            self._recover(layer)
+            return
+        self._engine.doubt(layer.devices)
+        self._journal.append([Resync(time.time_ns(), layer.name, layer.desync_seq, layer.differences)])
+        log.info("layer %s: in step again, %d differences", layer.name, layer.differences)
+        layer.desync_seq = layer.differences = 0
+        layer.become("live")
+        self._note_marks()
+
+    def queue_bytes(self) -> int:
+        """What the kernel holds for the sources to read; for any thread."""
+        return sum(worker.queued_bytes() for worker in list(self._workers.values()))
+
+    # ---- barriers ---------------------------------------------------------------------------------------------------
+
+    async def barrier(self, layers: Sequence[Layer]) -> None:
+        """Returns when everything that the layers' sources had queued before the call was recorded and handed on."""
+        await self._barrier({layer.worker for layer in layers if layer.worker is not None}, timeout_s=None)
+        for layer in layers:
+            await layer.settled.wait()
+
+    async def _barrier(self, workers: set[Worker], *, timeout_s: float | None) -> None:
+        if not workers:
+            return
+        token = b"%d" % next(self._tokens)
+        reached = asyncio.Event()
+        self._barriers[token] = (set(workers), reached)
+        path = self._barrier_directory / token.decode()
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            path.unlink()
+            async with asyncio.timeout(timeout_s):
+                await reached.wait()
+        except TimeoutError:
+            if timeout_s is None:
+                raise
+        finally:
+            del self._barriers[token]
+
+    def _reached(self, worker: Worker, tokens: Sequence[bytes]) -> None:
+        for token in tokens:
+            if waiting := self._barriers.get(token):
+                waiting[0].discard(worker)
+        self._release_barriers()
+
+    def _release_barriers(self) -> None:
+        alive = set(self._workers.values())
+        for workers, reached in self._barriers.values():
+            workers &= alive
+            if not workers:
+                reached.set()
+
+    def _layers_of(self, worker: Worker) -> list[Layer]:
+        return [layer for layer in self.layers.values() if layer.worker is worker]
+
+
+def key_of(directory: LayerDirectory) -> Key:
+    """What makes a layer the same layer."""
+    return directory.device, directory.inode, directory.handle
+
+
+def _ignore(error: Exception | None) -> None:
+    if error is not None and not isinstance(error, LayerError):
+        log.warning("a directory that was moved in could not be scanned: %s", error)

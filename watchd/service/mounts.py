@@ -1,0 +1,239 @@
+"""The merged mounts that are kept: they come and go with what a survey finds.
+
+A mount's layers are watched before the mount is handed to the engine, which invalidates it once; so nothing that changed
+before or since can be missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from watchd.coherence.engine import Engine
+from watchd.coherence.target import Target
+from watchd.coherence.targets import build_target, primary_point
+from watchd.config.schema import Config
+from watchd.config.schema import Layer as ConfiguredLayer
+from watchd.kernel.namespaces import Courier, mount_namespace
+from watchd.metrics import Metrics
+from watchd.overlay.access import clone_directory, clone_mount_of
+from watchd.overlay.discovery import Namespaces, find_namespaces, matches
+from watchd.overlay.layers import look_up
+from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View
+from watchd.overlay.mountwatch import MountWatch
+from watchd.service.layers import Layer, LayerBook, key_of
+from watchd.service.names import NameBook
+from watchd.service.survey import Sighting, Survey, survey
+from watchd.sources.base import WatchedLayer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Mount:
+    """A merged mount that is kept. Owned by the event loop."""
+
+    overlay: Overlay
+    mount_ids: frozenset[int]
+    stack: ResolvedStack
+    layers: list[Layer]
+    unknown: tuple[LayerDirectory, ...]
+    """Layers that could not be found, with the reason in `error`."""
+
+
+class MountBook:
+    """All merged mounts that are kept, and the layers that they need."""
+
+    def __init__(self, config: Config, *, layers: LayerBook, engine: Engine, metrics: Metrics, names: NameBook) -> None:
+        self.config = config
+        self.mounts: dict[str, Mount] = {}
+        self.problems: tuple[str, ...] = ()
+        self.courier = Courier()
+        self._layers, self._engine, self._metrics, self._names = layers, engine, metrics, names
+        self._watch = MountWatch.open()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="survey")
+        self._lock = asyncio.Lock()
+        self._namespaces = Namespaces({})
+        self._loop = asyncio.get_running_loop()
+
+    def fileno(self) -> int:
+        """Readable when mounts came or went."""
+        return self._watch.fileno()
+
+    def drain(self) -> None:
+        """Take off what made `fileno` readable."""
+        self._watch.drain()
+
+    async def refresh(self) -> None:
+        """Look at the host and bring the books in line with it."""
+        async with self._lock:
+            problems = await self._watch_configured()
+            found = await self._loop.run_in_executor(self._thread, self._survey, self._known())
+            self._tell_problems((*problems, *found.problems))
+            await self._apply(found)
+            await self._layers.retry()
+
+    async def namespaces_changed(self) -> bool:
+        """Whether there are other mount namespaces than at the last refresh; cheap."""
+        scope = self.config.discovery.namespaces
+        found = await self._loop.run_in_executor(self._thread, find_namespaces, scope)
+        return found.pids != self._namespaces.pids
+
+    def troubled(self) -> bool:
+        """Whether something is worth another refresh although no mount event came."""
+        return any(layer.state == "failed" for layer in self._layers.layers.values()) or any(
+            (state := self._engine.state(device)) is not None and state.error for device in self.mounts
+        )
+
+    def select(self, patterns: Iterable[str]) -> tuple[list[Mount], list[str]]:
+        """The mounts that any pattern matches (all, if there are none) and the patterns that match nothing."""
+        patterns = list(patterns)
+        if not patterns:
+            return list(self.mounts.values()), []
+        hits = {pattern: [m for m in self.mounts.values() if matches(m.overlay, pattern)] for pattern in patterns}
+        chosen = {mount.overlay.device: mount for found in hits.values() for mount in found}
+        return list(chosen.values()), [pattern for pattern, found in hits.items() if not found]
+
+    async def reconfigure(self, config: Config) -> None:
+        """Use this configuration from now on."""
+        self.config = config
+        await self._layers.rewatch(config.sources)
+        for mount in self.mounts.values():
+            self._engine.retarget(self._target(mount.overlay, mount.stack))
+        await self.refresh()
+
+    async def close(self) -> None:
+        """Give up what is held."""
+        async with self._lock:
+            self._watch.close()
+            self._thread.shutdown()
+            self.courier.close()
+
+    def _survey(self, known: dict[str, frozenset[int]]) -> Survey:
+        namespaces = find_namespaces(self.config.discovery.namespaces)
+        self._watch.watch(namespaces.pids)
+        self._namespaces = namespaces
+        return survey(namespaces, self.config.discovery, known, self.courier)
+
+    def _known(self) -> dict[str, frozenset[int]]:
+        """Mounts in good order; the layers of the others are looked up again."""
+        return {
+            device: mount.mount_ids
+            for device, mount in self.mounts.items()
+            if not mount.unknown
+            and all(layer.state != "failed" for layer in mount.layers)
+            and (state := self._engine.state(device)) is not None
+            and not state.error
+        }
+
+    def _tell_problems(self, problems: tuple[str, ...]) -> None:
+        for problem in problems:
+            if problem not in self.problems:
+                log.warning("%s", problem)
+        self.problems = problems
+
+    async def _apply(self, found: Survey) -> None:
+        for device, mount in list(self.mounts.items()):
+            sighting = found.sightings.get(device)
+            if sighting is None or (sighting.stack is not None and not _same(mount, sighting)):
+                await self._remove(device)
+        for device, sighting in found.sightings.items():
+            if device in self.mounts:
+                self._update(self.mounts[device], sighting)
+            elif sighting.stack is not None:
+                await self._add(sighting, sighting.stack)
+        await self._drop_unused()
+
+    async def _add(self, sighting: Sighting, stack: ResolvedStack) -> None:
+        overlay = sighting.overlay
+        layers = [await self._layer(directory) for directory in stack.lowers if not directory.error]
+        unknown = tuple(directory for directory in stack.lowers if directory.error)
+        mount = Mount(overlay, sighting.mount_ids, stack, layers, unknown)
+        self.mounts[overlay.device] = mount
+        for layer in layers:
+            layer.devices.add(overlay.device)
+        self._layers.reroute()
+        self._engine.add(self._target(overlay, stack))
+        log.info("keeping %s (%s) true", os.fsdecode(primary_point(overlay).path), overlay.device)
+        for directory in unknown:
+            log.warning("layer %s of %s: %s", os.fsdecode(directory.path), overlay.device, directory.error)
+
+    async def _remove(self, device: str) -> None:
+        mount = self.mounts.pop(device)
+        self._engine.remove(device)
+        self._metrics.forget_mount(device)
+        for layer in mount.layers:
+            layer.devices.discard(device)
+        self._layers.reroute()
+        log.info("%s (%s) is gone", os.fsdecode(primary_point(mount.overlay).path), device)
+
+    def _update(self, mount: Mount, sighting: Sighting) -> None:
+        if mount.overlay == sighting.overlay and mount.mount_ids == sighting.mount_ids:
+            return
+        mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids
+        self._engine.retarget(self._target(mount.overlay, mount.stack))
+
+    async def _layer(self, directory: LayerDirectory, *, configured: ConfiguredLayer | None = None) -> Layer:
+        layer = self._layers.layers.get(key_of(directory))
+        if layer is not None:
+            return layer
+        configured = configured or self._configuration_of(directory)
+        wanted = configured.name if configured and isinstance(configured.name, str) else None
+        name = self._names.take(directory.path, directory.inode, configured=wanted)
+        watched = WatchedLayer(
+            name=name,
+            path=directory.path,
+            device=directory.device,
+            root=directory.handle,
+            open=partial(clone_directory, directory, self.courier),
+            open_mount=partial(clone_mount_of, directory, self.courier),
+        )
+        return await self._layers.adopt(
+            watched, directory, name=name, backend=configured.backend if configured else "auto"
+        )
+
+    def _configuration_of(self, directory: LayerDirectory) -> ConfiguredLayer | None:
+        own = directory.view.namespace == mount_namespace()
+        return next((one for one in self.config.layers if own and os.fsencode(one.path) == directory.path), None)
+
+    async def _watch_configured(self) -> list[str]:
+        """Layers of the configuration are watched whether or not something is mounted on them; returns the problems."""
+        wanted, problems = set(), []
+        for configured in self.config.layers:
+            view = View(os.getpid(), mount_namespace())
+            look = partial(look_up, os.fsencode(configured.path), view=view)
+            directory = await self._loop.run_in_executor(self._thread, look)
+            if directory.error:
+                problems.append(f"layers: {configured.path}: {directory.error}; create it or take it out of `layers`")
+                continue
+            layer = await self._layer(directory, configured=configured)
+            layer.configured = True
+            wanted.add(key_of(directory))
+        for key, layer in self._layers.layers.items():
+            layer.configured = layer.configured and key in wanted
+        return problems
+
+    async def _drop_unused(self) -> None:
+        for layer in list(self._layers.layers.values()):
+            if not layer.devices and not layer.configured:
+                await self._layers.drop(layer)
+
+    def _target(self, overlay: Overlay, stack: ResolvedStack) -> Target:
+        coherence = self.config.coherence_for(point.path for point in overlay.mount_points)
+        acts = coherence.mode == "repair" and "invalidate" in coherence.actions
+        return build_target(overlay, stack, self.courier, observe=not acts, budget=float(coherence.budget))
+
+
+def _same(mount: Mount, sighting: Sighting) -> bool:
+    """Whether a sighting is of the mount that is known, layers included, and not of another one with its number."""
+    known, now = mount.mount_ids, sighting.mount_ids
+    assert sighting.stack is not None
+    old = [key_of(directory) for directory in mount.stack.lowers]
+    new = [key_of(directory) for directory in sighting.stack.lowers]
+    return bool(not known or not now or known & now) and old == new

@@ -1,0 +1,124 @@
+"""What status, sync and the metrics say: the books as plain values in the shapes of the contract."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from watchd import __version__
+from watchd.coherence.engine import Engine
+from watchd.coherence.view import Stale
+from watchd.journal.writer import Journal
+from watchd.metrics import Snapshot
+from watchd.service.layers import Layer, LayerBook
+from watchd.service.mounts import Mount, MountBook
+
+FILESYSTEMS = {
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x01021994: "tmpfs",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+    0x65735546: "fuse",
+    0x794C7630: "overlay",
+    0x63677270: "cgroup2",
+    0x27E0EB: "cgroup",
+    0x6969: "nfs",
+}
+
+
+def name(value: bytes) -> dict[str, str]:
+    """A path for JSON: `path`, and `path_b64` beside it if it is not UTF-8."""
+    try:
+        return {"path": value.decode()}
+    except UnicodeDecodeError:
+        return {"path": value.decode(errors="replace"), "path_b64": base64.b64encode(value).decode()}
+
+
+def mounts_status(mounts: Iterable[Mount], engine: Engine) -> list[dict[str, Any]]:
+    """The list `mounts` of status and sync."""
+    return [_mount(mount, engine) for mount in mounts]
+
+
+def status(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal) -> dict[str, Any]:
+    """All of `status --json`."""
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "mounts": mounts_status(books.mounts.values(), engine),
+        "layers": [_layer(layer) for layer in layers.layers.values()],
+        "journal": {
+            "path": str(journal.directory),
+            "epoch": journal.epoch,
+            "first_seq": journal.first_seq,
+            "last_seq": journal.last_seq,
+            "bytes": journal.bytes,
+        },
+        "cursors": [],
+        "problems": list(books.problems),
+    }
+
+
+def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal) -> Snapshot:
+    """What a scrape shows; called in the metrics server's threads, and copies before it looks."""
+    mounts = list(books.mounts.values())
+    return Snapshot(
+        layer_states=[layer.state for layer in list(layers.layers.values())],
+        mount_states=[state_of(mount, engine)[0] for mount in mounts],
+        stale_entries={mount.overlay.device: len(state_of(mount, engine)[2]) for mount in mounts},
+        journal_last_sequence=journal.last_seq,
+        journal_bytes=journal.bytes,
+        queue_bytes=layers.queue_bytes(),
+    )
+
+
+def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...], dict[str, int]]:
+    """State, reason, what is stale, and how often which action was taken."""
+    known = engine.state(mount.overlay.device)
+    if known is None:
+        return "failed", "not kept any more", (), {}
+    if mount.unknown:
+        return (
+            "failed",
+            f"{os.fsdecode(mount.unknown[0].path)}: {mount.unknown[0].error}",
+            known.stale,
+            {**known.actions},
+        )
+    for layer in mount.layers:
+        if layer.state == "failed":
+            return "failed", f"layer {layer.name}: {layer.reason}", known.stale, {**known.actions}
+    return known.state, known.error, known.stale, {**known.actions}
+
+
+def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
+    overlay = mount.overlay
+    state, reason, stale, actions = state_of(mount, engine)
+    return {
+        "device": overlay.device,
+        "mount_points": [
+            {**name(point.path), "namespace": point.namespace, "pid": point.pid} for point in overlay.mount_points
+        ],
+        "lowerdir": [os.fsdecode(path) for path in (*overlay.lowerdir, *overlay.data_only)],
+        "upperdir": overlay.upperdir and os.fsdecode(overlay.upperdir),
+        "workdir": overlay.workdir and os.fsdecode(overlay.workdir),
+        "read_only": overlay.read_only,
+        "state": state,
+        "reason": reason,
+        "stale": [{**name(entry.path), "kind": entry.kind, "pinned_by": []} for entry in stale],
+        "actions": actions,
+    }
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        **name(layer.directory.path),
+        "fstype": FILESYSTEMS.get(layer.directory.magic, f"{layer.directory.magic:#x}"),
+        "backend": layer.worker.source.backend if layer.worker else None,
+        "state": layer.state,
+        "reason": layer.reason,
+        "mounts": sorted(layer.devices),
+    }
