@@ -168,7 +168,7 @@ class Journal:
         self._wake.set()
         self._hurry.set()
         try:
-            await self._committer
+            await asyncio.wait([self._committer])
             with disk_errors(f"cannot close the journal {self.directory}"):
                 await self._appender.close()
         finally:
