@@ -1,0 +1,13 @@
+"""The journal: what happened to the layers, in order, on disk.
+
+    format     pure: bytes <-> segment headers and frames (the byte tables are in docs/journal.md)
+    segments   segment files: names, creation, scanning
+    state      what opening must know, carried along record by record
+    recovery   takes the journal as a crash left it to a journal that can be appended to
+    writer     `Journal`: the one writer of a directory, with group commit
+    reader     `read` and `Follower`: any number of readers, with or without a writer
+    cursor     positions as people write them
+    render     records as JSON and as text
+
+Readers and the writer share nothing but the files. Everything above `writer` is plain blocking code.
+"""

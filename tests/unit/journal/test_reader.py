@@ -1,0 +1,172 @@
+"""`read` and `Follower`, beside a writer and without one."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.unit.journal.support import SMALL_SEGMENTS, change, changes, flip, only_segment, write
+from watchd.errors import JournalError
+from watchd.journal import segments
+from watchd.journal.format import LayerMark
+from watchd.journal.reader import Extent, Follower, extent, read
+from watchd.journal.segments import list_segments, segment_path
+from watchd.journal.writer import Journal
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def segmented(directory: Path) -> Path:
+    """40 records in several segments."""
+    write(directory, [changes(5, start) for start in range(1, 41, 5)], SMALL_SEGMENTS)
+    assert len(list_segments(directory)) > 2
+    return directory
+
+
+def numbers(directory: Path, since: int = 0) -> list[int]:
+    return [seq for seq, _ in read(directory, since)]
+
+
+def test_reading_begins_exactly_behind_any_number(segmented: Path) -> None:
+    for since in range(42):
+        assert numbers(segmented, since) == list(range(since + 1, 41))
+
+
+def test_records_that_are_gone_are_not_waited_for(segmented: Path) -> None:
+    second = list_segments(segmented)[1]
+    segment_path(segmented, 1).unlink()
+    assert numbers(segmented) == list(range(second, 41))
+    assert extent(segmented).first_seq == second
+
+
+def test_the_extent_is_that_of_the_journal(segmented: Path) -> None:
+    epoch = segment_path(segmented, 1).read_bytes()[12:20].hex()
+    assert extent(segmented) == Extent(epoch, 1, 40)
+
+
+def test_no_journal_is_one_clear_error(tmp_path: Path) -> None:
+    for place, message in ((tmp_path, "there is no journal"), (tmp_path / "missing", "No such file")):
+        for call in (extent, numbers):
+            with pytest.raises(JournalError, match=f"{message}.*watchd run"):
+                call(place)
+
+
+def test_a_follower_misses_nothing_while_segments_come_and_go(directory: Path) -> None:
+    async def main() -> None:
+        journal = await Journal.open(directory, SMALL_SEGMENTS)
+        seen: list[int] = []
+        with Follower(directory) as follower:
+            assert follower.poll() == []
+            for number in range(1, 60):
+                journal.append([change(number)])
+                if number % 7 == 0:
+                    journal.note({"base": LayerMark(b"/srv")})
+                await journal.flush()
+                if number % 3:
+                    while records := follower.poll():
+                        seen += [seq for seq, _ in records]
+            while records := follower.poll():
+                seen += [seq for seq, _ in records]
+            assert seen == list(range(1, 60))
+            assert follower.epoch == journal.epoch
+        assert len(list_segments(directory)) > 3
+        await journal.close()
+
+    asyncio.run(main())
+
+
+def test_a_position_is_where_another_follower_goes_on(segmented: Path) -> None:
+    seen: list[int] = []
+    position = None
+    while True:
+        with Follower(segmented, 0 if position is None else position) as follower:
+            records = follower.poll()
+            position = follower.position
+        if not records:
+            break
+        seen += [seq for seq, _ in records]
+    assert seen == list(range(1, 41))
+
+
+def test_large_records_and_small_chunks_come_out_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [10, 5000, 3, 70_000, 0, 200]
+    write(directory, [[change(number, bytes(size)) for number, size in enumerate(sizes)]])
+    for chunk in (1, 50, 1000):
+        monkeypatch.setattr(segments, "CHUNK_BYTES", chunk)
+        assert [len(record.path) for _, record in read(directory) if hasattr(record, "path")] == sizes
+
+
+def test_every_cut_of_a_growing_file_is_an_end_and_no_error(directory: Path) -> None:
+    write(directory, [[change(1)]])
+    size = only_segment(directory).stat().st_size
+    write(directory, [changes(2, 2)])
+    data = only_segment(directory).read_bytes()
+    for end in range(size, len(data)):
+        only_segment(directory).write_bytes(data[:end])
+        assert numbers(directory) in ([1], [1, 2])
+    only_segment(directory).write_bytes(data)
+    assert numbers(directory) == [1, 2, 3]
+
+
+def test_a_follower_sees_a_record_once_it_is_whole(directory: Path) -> None:
+    write(directory, [[change(1)], [change(2)]])
+    path = only_segment(directory)
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    with Follower(directory) as follower:
+        assert [seq for seq, _ in follower.poll()] == [1]
+        assert follower.poll() == []
+        with path.open("ab") as file:
+            file.write(data[-3:])
+        assert [seq for seq, _ in follower.poll()] == [2]
+
+
+def test_damage_between_good_records_is_never_skipped(directory: Path) -> None:
+    write(directory, [[change(1)]])
+    good = only_segment(directory).stat().st_size
+    write(directory, [[change(2)], [change(3)]])
+    flip(only_segment(directory), good + 25)
+    with Follower(directory) as follower:
+        assert [seq for seq, _ in follower.poll()] == [1]
+        with pytest.raises(JournalError, match=f"damaged at byte {good}, behind record 1.*watchd journal verify"):
+            follower.poll()
+
+
+def test_damage_at_the_end_of_an_earlier_segment_is_no_end(segmented: Path) -> None:
+    path = segment_path(segmented, 1)
+    flip(path, path.stat().st_size - 1)
+    with pytest.raises(JournalError, match="checksum does not match"):
+        numbers(segmented)
+
+
+def test_an_earlier_segment_that_was_cut_is_no_end(segmented: Path) -> None:
+    path = segment_path(segmented, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(JournalError, match="the segment ends in the middle of a record"):
+        numbers(segmented)
+
+
+def test_a_missing_segment_is_a_gap_and_no_end(segmented: Path) -> None:
+    first, second, third, *_ = list_segments(segmented)
+    segment_path(segmented, second).unlink()
+    with pytest.raises(JournalError, match=f"behind record {second - 1}: the next segment begins with record {third}"):
+        numbers(segmented)
+    assert numbers(segmented, third - 1) == list(range(third, 41))
+    assert first == 1
+
+
+def test_a_reader_of_a_torn_journal_sees_what_the_next_writer_keeps(directory: Path) -> None:
+    write(directory, [changes(3)])
+    with only_segment(directory).open("ab") as file:
+        file.write(bytes(100))
+    assert numbers(directory) == [1, 2, 3]
+    with Follower(directory, 3) as follower:
+        assert follower.poll() == []
+        write(directory, [[change(4)]])
+        assert [seq for seq, _ in follower.poll()] == [4]

@@ -1,0 +1,117 @@
+"""`watchd log`: journal records in order. Reads the files; needs no daemon."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+import msgspec
+
+from watchd.journal.cursor import parse_cursor
+from watchd.journal.format import RECORD_TYPES
+from watchd.journal.reader import Follower, NumberedRecord, extent
+from watchd.journal.render import to_json, to_text
+from watchd.records import Change, Record
+
+POLL_SECONDS = 0.05
+
+_to_line = msgspec.json.Encoder().encode
+
+
+class Filters(msgspec.Struct, frozen=True):
+    """Which records to show; an empty set or name lets everything pass."""
+
+    layers: frozenset[str] = frozenset()
+    path: bytes | None = None
+    """Changes of this path, relative to its layer, and of everything below it."""
+    types: frozenset[str] = frozenset()
+
+    def match(self, record: Record) -> bool:
+        """Whether `record` is to be shown."""
+        if self.layers and record.layer not in self.layers:
+            return False
+        if self.types and type(record).__name__.lower() not in self.types:
+            return False
+        if self.path is None:
+            return True
+        return isinstance(record, Change) and (self._below(record.path) or self._below(record.from_path))
+
+    def _below(self, path: bytes | None) -> bool:
+        return path is not None and (not self.path or path == self.path or path.startswith(self.path + b"/"))
+
+
+def run_log(
+    directory: Path,
+    out: BinaryIO,
+    *,
+    since: str = "beginning",
+    filters: Filters | None = None,
+    follow: bool = False,
+    as_json: bool = False,
+    encoding: str = "utf-8",
+    wait: Callable[[], object] = lambda: time.sleep(POLL_SECONDS),
+) -> None:
+    """Writes the records behind the cursor `since` to `out`, a line each; text in `encoding`, JSON always in UTF-8.
+
+    With `follow` it goes on for ever and calls `wait` whenever there is nothing new; an exception of `wait` ends it.
+    Raises JournalError and UsageError.
+    """
+    filters = filters or Filters()
+    with Follower(directory, parse_cursor(since, extent(directory))) as follower:
+        while True:
+            if records := follower.poll():
+                _print(records, out, filters=filters, encoding=None if as_json else encoding)
+            elif follow:
+                wait()
+            else:
+                return
+
+
+def _print(records: Iterable[NumberedRecord], out: BinaryIO, *, filters: Filters, encoding: str | None) -> None:
+    for seq, record in records:
+        if filters.match(record):
+            if encoding:
+                line = to_text(seq, record).encode(encoding, "backslashreplace")
+            else:
+                line = _to_line(to_json(seq, record))
+            out.write(line + b"\n")
+    out.flush()
+
+
+def path_prefix(text: str) -> bytes:
+    """A path from the command line as records hold it: bytes, relative, without a trailing slash."""
+    normal = os.path.normpath(os.fsencode(text).strip(b"/") or b".")
+    return b"" if normal == b"." else normal
+
+
+def log_command(journal_directory: Callable[[], Path]) -> click.Command:
+    """The verb `log`, reading the journal that `journal_directory` names when the command runs."""
+
+    @click.command("log")
+    @click.option("--since", default="beginning", metavar="CURSOR", help="EPOCH:SEQ, now or beginning (default).")
+    @click.option("--layer", "layers", multiple=True, metavar="NAME", help="Only this layer; may be repeated.")
+    @click.option("--path", metavar="PREFIX", help="Only changes of this path of a layer and of what is below it.")
+    @click.option("--type", "types", multiple=True, type=click.Choice(list(RECORD_TYPES)), help="May be repeated.")
+    @click.option("--follow", is_flag=True, help="Go on as the journal grows.")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+    def log(
+        *, since: str, layers: tuple[str, ...], path: str | None, types: tuple[str, ...], follow: bool, as_json: bool
+    ) -> None:
+        """Print journal records in order."""
+        prefix = None if path is None else path_prefix(path)
+        run_log(
+            journal_directory(),
+            sys.stdout.buffer,
+            since=since,
+            filters=Filters(frozenset(layers), prefix, frozenset(types)),
+            follow=follow,
+            as_json=as_json,
+            encoding=sys.stdout.encoding,
+        )
+
+    return log

@@ -1,0 +1,171 @@
+"""Reading a journal, with or without a writer at work. Blocking, and no sleeping: who follows brings a way to wait.
+
+A reader sees only good records. What is not whole at the end of the last segment is still being written, or was
+torn by a crash and will be cut off by the next `Journal.open`: for a reader it is the end. What a reader has seen
+is never taken back, not by a power cut either: new records of the last segment are put on disk before they are
+handed out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+
+from watchd.errors import JournalError
+from watchd.journal.format import HEADER_BYTES, NOTE, Checkpoint, Scan, decode_entry
+from watchd.journal.segments import NO_JOURNAL, VERIFY, Segment, decode_failure, list_segments
+from watchd.records import Record
+
+NumberedRecord = tuple[int, Record]
+
+_END: Final = (1 << 64) - 1
+"""Behind every record."""
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """What a journal holds at this moment."""
+
+    epoch: str
+    """16 hexadecimal digits."""
+    first_seq: int
+    """Sequence number of the oldest record, or of the first one to come."""
+    last_seq: int
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where a reader goes on. Valid as long as the segment exists."""
+
+    segment: int
+    """First sequence number of the segment."""
+    offset: int
+    seq: int
+    """Of the last record before the offset."""
+
+
+class Follower:
+    """Reads a journal from a point on, and goes on reading as it grows. Owns one descriptor, of the current segment."""
+
+    def __init__(self, directory: Path, start: int | Position = 0) -> None:
+        """Begins behind the record with the number `start`, or with the oldest one that there is.
+
+        Raises JournalError when there is no journal or its segment is damaged.
+        """
+        self._directory = directory
+        if isinstance(start, Position):
+            self._since = start.seq
+            self.position = start
+        else:
+            self._since = start
+            first = _find_segment(directory, start + 1)
+            self.position = Position(first, HEADER_BYTES, first - 1)
+        self._segment = Segment(directory, self.position.segment)
+
+    @property
+    def epoch(self) -> str:
+        """The journal's epoch, 16 hexadecimal digits."""
+        return self._segment.header.epoch.hex()
+
+    def close(self) -> None:
+        """Closes the descriptor."""
+        self._segment.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def poll(self) -> list[NumberedRecord]:
+        """The next records, a chunk's worth at most; none when the end is reached for now.
+
+        Raises JournalError for damage. What was before it has been returned by then.
+        """
+        while True:
+            # Looked up before reading: when there is one, this segment is complete.
+            following = self._following_segment()
+            buffer, found = self._segment.frames(self.position.offset, self.position.seq)
+            if found.frames:
+                if records := self._take(buffer, found, last=following is None):
+                    return records
+            elif following is None:
+                if buffer and self._segment.is_damage(buffer, found, self.position.offset, self.position.seq):
+                    raise self._damage(found.fault)
+                return []
+            elif buffer:
+                raise self._damage(found.fault)
+            else:
+                self._enter(following)
+
+    def _take(self, buffer: bytes, found: Scan, *, last: bool) -> list[NumberedRecord]:
+        """Decodes what was asked for and moves the position behind the frames."""
+        here, since = self.position, self._since
+        records: list[NumberedRecord] = []
+        for frame in found.frames:
+            seq, number, start, _end = frame
+            if seq <= since or number >= NOTE:
+                continue
+            try:
+                entry = decode_entry(buffer, frame)
+            except JournalError as error:
+                raise decode_failure(self._segment, here.offset + start, error) from error
+            if entry is not None and not isinstance(entry, Checkpoint):
+                records.append((seq, entry))
+        end = here.offset + found.end
+        if last:
+            self._segment.sync(end)
+        self.position = Position(here.segment, end, found.frames[-1][0])
+        return records
+
+    def _damage(self, fault: str) -> JournalError:
+        return self._segment.damage(self.position.offset, self.position.seq, fault)
+
+    def _following_segment(self) -> int | None:
+        firsts = list_segments(self._directory)
+        index = bisect_right(firsts, self.position.segment)
+        return firsts[index] if index < len(firsts) else None
+
+    def _enter(self, first_seq: int) -> None:
+        """Goes on with the next segment."""
+        if first_seq != self.position.seq + 1:
+            raise self._damage(f"the next segment begins with record {first_seq}")
+        segment = Segment(self._directory, first_seq)
+        if segment.header.epoch != self._segment.header.epoch:
+            segment.close()
+            raise JournalError(f"{segment.path} belongs to another journal than its predecessor", remedy=VERIFY)
+        self._segment.close()
+        self._segment = segment
+        self.position = Position(first_seq, HEADER_BYTES, first_seq - 1)
+
+
+def read(directory: Path, since: int = 0) -> Iterator[NumberedRecord]:
+    """All records behind number `since`, up to what is there now. Raises JournalError like `Follower`."""
+    with Follower(directory, since) as follower:
+        while records := follower.poll():
+            yield from records
+
+
+def extent(directory: Path) -> Extent:
+    """What the journal holds. Checks its last segment. Raises JournalError when there is none or it is damaged."""
+    first_seq = _segments(directory)[0]
+    with Follower(directory, _END) as follower:
+        nothing = follower.poll()
+        assert not nothing
+        return Extent(follower.epoch, first_seq, follower.position.seq)
+
+
+def _segments(directory: Path) -> list[int]:
+    """The segments there are, at least one."""
+    firsts = list_segments(directory)
+    if not firsts:
+        raise JournalError(f"there is no journal in {directory}", remedy=NO_JOURNAL)
+    return firsts
+
+
+def _find_segment(directory: Path, seq: int) -> int:
+    """The segment that holds record `seq`; the oldest one when it is gone, the last one when it is still to come."""
+    firsts = _segments(directory)
+    return firsts[max(bisect_right(firsts, seq) - 1, 0)]

@@ -1,0 +1,193 @@
+"""Segment files: their names, making them, and reading their frames in order.
+
+A segment `00000000000000000001.wal` is named after its first sequence number in 20 digits, so names sort as numbers
+do. It is written under a name that ends in `.tmp` and renamed when it is on disk with its header and first frames:
+a `.wal` file without a good header is damaged, never unfinished.
+
+Facts about files that this relies on. A name is durable only when its directory was fsynced. fdatasync on any
+descriptor of a file, a read-only one too, puts all its data on disk; on filesystems that cannot be written it fails
+with EINVAL or EROFS. A file that is only ever appended to has, at any moment, a prefix of what was written to it,
+unless the machine went down.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+from watchd.errors import JournalError
+from watchd.journal.format import (
+    HEADER_BYTES,
+    Scan,
+    SegmentHeader,
+    decode_header,
+    find_synced,
+    scan,
+)
+
+CHUNK_BYTES: Final = 1 << 18
+NO_JOURNAL: Final = "start `watchd run` once, or correct state_directory"
+VERIFY: Final = "run `watchd journal verify` to see what is readable"
+
+_NAME: Final = re.compile(r"([0-9]{20})\.wal")
+
+
+def segment_path(directory: Path, first_seq: int) -> Path:
+    """Where the segment that begins with `first_seq` lies."""
+    return directory / f"{first_seq:020}.wal"
+
+
+def list_segments(directory: Path) -> list[int]:
+    """First sequence numbers of all segments, ascending. Raises JournalError when the directory cannot be listed."""
+    with disk_errors(f"cannot list the journal {directory}"):
+        names = os.listdir(directory)
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def create_segment(directory: Path, first_seq: int, content: bytes) -> None:
+    """Puts a segment that holds `content` on disk, whole or not at all. Raises OSError."""
+    path = segment_path(directory, first_seq)
+    temporary = path.with_suffix(".wal.tmp")
+    write_file(temporary, content, flags=os.O_TRUNC)
+    os.rename(temporary, path)
+    sync_directory(directory)
+
+
+def write_file(path: Path, content: bytes, *, flags: int) -> None:
+    """Writes and fsyncs a new file; `flags` is O_TRUNC or O_EXCL. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the names in `directory` durable. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns an OSError into a JournalError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(what, error) from error
+
+
+def disk_error(what: str, error: OSError) -> JournalError:
+    """The error for people: `what`, the reason, and what to do about it."""
+    return JournalError(f"{what}: {error.strerror}", remedy=_remedy(error.errno))
+
+
+def _remedy(number: int | None) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room on its filesystem and start watchd again"
+    if number in (errno.EACCES, errno.EPERM):
+        return "run as root, or set state_directory to a place that this user may use"
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return NO_JOURNAL
+    return "see the kernel's log for the state of its disk"
+
+
+class Segment:
+    """An open segment, read-only. Owns its descriptor."""
+
+    def __init__(self, directory: Path, first_seq: int) -> None:
+        """Raises JournalError when the file cannot be opened or its header is not good."""
+        self.path = segment_path(directory, first_seq)
+        self._synced_bytes = 0
+        with disk_errors(f"cannot open {self.path}"):
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.header = self._read_header(first_seq)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self, first_seq: int) -> SegmentHeader:
+        try:
+            header = decode_header(self._pread(HEADER_BYTES, 0))
+        except JournalError as error:
+            raise JournalError(f"cannot read {self.path}: {error}", remedy=error.remedy or VERIFY) from error
+        if header.first_seq != first_seq:
+            raise JournalError(
+                f"{self.path} begins with record {header.first_seq}, not with what its name says", remedy=VERIFY
+            )
+        return header
+
+    def close(self) -> None:
+        """Closes the descriptor."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        with disk_errors(f"cannot read {self.path} at byte {offset}"):
+            return os.pread(self._fd, size, offset)
+
+    def size(self) -> int:
+        """Bytes in the file now."""
+        return os.fstat(self._fd).st_size
+
+    def sync(self, upto: int) -> None:
+        """Puts the bytes before offset `upto` on disk, whoever wrote them. Raises JournalError."""
+        if upto <= self._synced_bytes:
+            return
+        size = self.size()
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS):
+                raise disk_error(f"cannot put {self.path} on disk", error) from error
+        self._synced_bytes = size
+
+    def frames(self, offset: int, last_seq: int) -> tuple[bytes, Scan]:
+        """About CHUNK_BYTES of frames from `offset` on, with the buffer that they lie in; none at the end.
+
+        When there is no frame although the buffer is not empty, the bytes at `offset` are broken or not yet whole:
+        `is_damage` tells.
+        """
+        size = CHUNK_BYTES
+        while True:
+            buffer = self._pread(size, offset)
+            found = scan(buffer, last_seq, seed=self.header.crc)
+            if found.frames or found.fault or len(buffer) < size:
+                return buffer, found
+            size = max(2 * size, found.needed)
+
+    def is_damage(self, buffer: bytes, found: Scan, offset: int, last_seq: int) -> bool:
+        """Whether what `frames` found no frame in had been on disk and is broken now; otherwise it is a torn tail.
+
+        Bytes that were too few are judged by the same read: a writer may have appended to them by now.
+        """
+        if found.fault:
+            buffer = self._pread(self.size() - offset, offset)
+        return find_synced(buffer, last_seq, seed=self.header.crc) is not None
+
+    def damage(self, offset: int, last_seq: int, fault: str) -> JournalError:
+        """The error for a broken frame at `offset`."""
+        why = fault or "the segment ends in the middle of a record"
+        return JournalError(f"{self.path} is damaged at byte {offset}, behind record {last_seq}: {why}", remedy=VERIFY)
+
+
+def decode_failure(segment: Segment, frame_offset: int, error: JournalError) -> JournalError:
+    """`error` of `decode_entry` with the place added to it."""
+    return JournalError(f"{segment.path}, byte {frame_offset}: {error}", remedy="read it with the watchd that wrote it")
