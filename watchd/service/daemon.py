@@ -1,0 +1,337 @@
+"""The daemon: puts the parts together, answers requests, and ends in good order.
+
+This module and its siblings are the only users of asyncio. Nothing here touches a watched filesystem: that happens in the
+workers of the sources, in the engine's threads and in the survey's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from watchd import __version__
+from watchd.coherence.engine import Engine, Round
+from watchd.config import Loaded, load
+from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
+from watchd.journal.writer import Journal, JournalSettings
+from watchd.metrics import Metrics
+from watchd.records import Action, Start, Stop
+from watchd.service import logs, preflight
+from watchd.service.control import ControlServer
+from watchd.service.layers import LayerBook
+from watchd.service.mounts import MountBook
+from watchd.service.names import NameBook
+from watchd.service.notify import notify, reloading, watchdog_interval_s
+from watchd.service.status import mounts_status, snapshot, status
+
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 1.0
+"""New mount namespaces have no event; they are looked for this often."""
+
+TROUBLE_INTERVAL_S = 5.0
+"""What could not be watched is looked at again this often."""
+
+REFRESH_PAUSE_S = 0.05
+"""So that a storm of mounts costs one look in this time."""
+
+SYNC_TIMEOUT_S = 30.0
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a busy thread keeps the interpreter from another one that was woken; Python's default of 5 ms would be most of
+the time that a repair takes."""
+
+
+class Daemon:
+    """One run of the service. Lives in the event loop's thread."""
+
+    def __init__(self, loaded: Loaded, config_file: Path | None) -> None:
+        self._config, self._config_file = loaded.config, config_file
+        self._metrics = Metrics()
+        self._stop = asyncio.Event()
+        self._look = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT, or until the journal fails. Raises WatchdError."""
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start(stack)
+            notify(READY=1, STATUS=self._summary(), MAINPID=os.getpid())
+            await self._serve()
+            notify(STOPPING=1)
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        config = self._config
+        self._journal = await Journal.open(
+            config.state_directory / "journal", self._journal_settings(), on_commit=self._committed
+        )
+        stack.push_async_callback(self._close_journal)
+        self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
+        self._engine = Engine(self)
+        stack.callback(self._engine.close)
+        names = NameBook({name: mark.path for name, mark in self._journal.recovered.layers.items()})
+        self._layers = LayerBook(
+            self._journal,
+            self._engine,
+            self._metrics,
+            settings=config.sources,
+            barrier_directory=preflight.barrier_directory(config.runtime_directory),
+            names=names,
+        )
+        self._mounts = MountBook(config, layers=self._layers, engine=self._engine, metrics=self._metrics, names=names)
+        stack.push_async_callback(self._mounts.close)
+        stack.push_async_callback(self._layers.close)
+        self._metrics.show(partial(snapshot, self._mounts, self._layers, self._engine, self._journal))
+        self._loop.add_reader(self._mounts.fileno(), self._mounts_changed)
+        stack.callback(self._loop.remove_reader, self._mounts.fileno())
+        self._tell_unused()
+        await self._mounts.refresh()
+        self._control = ControlServer(
+            config.runtime_directory,
+            {"status": self._status, "sync": self._sync, "reload": self._reload},
+            root_only=frozenset({"reload"}),
+        )
+        await self._control.start(config.control)
+        stack.push_async_callback(self._control.close)
+        self._listen()
+        stack.callback(self._metrics.close)
+        self._metrics.reloaded(ok=True, time_s=time.time())
+
+    async def _serve(self) -> None:
+        for number, handler in self._signals().items():
+            self._loop.add_signal_handler(number, handler)
+        tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([stop, self._journal.failed, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in (*tasks, stop):
+                task.cancel()
+            await asyncio.gather(*tasks, stop, return_exceptions=True)
+        if self._journal.failed.done():
+            raise self._journal.failed.result()
+
+    def _signals(self) -> Mapping[signal.Signals, Callable[[], object]]:
+        return {
+            signal.SIGTERM: self._stop.set,
+            signal.SIGINT: self._stop.set,
+            signal.SIGHUP: lambda: self._tasks.append(asyncio.create_task(self._reload_on_signal())),
+        }
+
+    async def _close_journal(self) -> None:
+        if self._journal.failed.done():
+            with contextlib.suppress(JournalError):
+                await self._journal.close()
+            return
+        self._journal.append([Stop(time.time_ns(), __version__, _boot_id())])
+        await self._journal.close()
+
+    # ---- mounts that come and go ------------------------------------------------------------------------------------
+
+    def _mounts_changed(self) -> None:
+        self._mounts.drain()
+        self._look.set()
+
+    async def _keep_looking(self) -> None:
+        """Refresh when mounts changed, when there are new namespaces, and when something is in trouble."""
+        troubled_at = time.monotonic()
+        while True:
+            told = False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_INTERVAL_S):
+                    told = await self._look.wait()
+            self._look.clear()
+            overdue = time.monotonic() - troubled_at > TROUBLE_INTERVAL_S and self._mounts.troubled()
+            if told or overdue or await self._mounts.namespaces_changed():
+                troubled_at = time.monotonic()
+                await self._mounts.refresh()
+                notify(STATUS=self._summary())
+                await asyncio.sleep(REFRESH_PAUSE_S)
+
+    async def _feed_watchdog(self) -> None:
+        interval = watchdog_interval_s()
+        while interval is not None:
+            notify(WATCHDOG=1)
+            await asyncio.sleep(interval)
+        await asyncio.Event().wait()
+
+    def _summary(self) -> str:
+        layers = list(self._layers.layers.values())
+        live = sum(layer.state == "live" for layer in layers)
+        return f"{len(self._mounts.mounts)} mounts, {live} of {len(layers)} layers live"
+
+    # ---- what the engine and the journal tell -----------------------------------------------------------------------
+
+    def round(self, round: Round) -> None:
+        """See `watchd.coherence.engine.Observer`; called in the engine's threads."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near and the journal with it
+            self._loop.call_soon_threadsafe(self._record_round, round)
+
+    def _record_round(self, round: Round) -> None:
+        self._metrics.verification(round.result)
+        if round.latency_ns is not None and round.result == "coherent":
+            self._metrics.latency.observe(round.latency_ns / 1e9)
+        if round.result == "failed":
+            log.warning("%s: %s", round.target.device, round.error)
+        if round.method is None:
+            return
+        self._metrics.action(round.target.device, round.method, round.result, round.duration_ns / 1e9)
+        self._journal.append(
+            [
+                Action(
+                    time.time_ns(),
+                    round.target.device,
+                    round.target.mount_point,
+                    round.method,
+                    round.result,
+                    round.stale_before,
+                    round.stale_after,
+                    round.duration_ns,
+                    self._layers.sequence_of(round.upto),
+                )
+            ]
+        )
+        if round.stale_after:
+            log.warning("%s: %d names stay stale after %s", round.target.device, round.stale_after, round.method)
+
+    def _committed(self, records: int, append_s: float, sync_s: float) -> None:
+        self._metrics.append_duration.observe(append_s)
+        self._metrics.sync_duration.observe(sync_s)
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    async def _status(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return status(self._mounts, self._layers, self._engine, self._journal)
+
+    async def _sync(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        patterns, timeout_s = _sync_arguments(request)
+        deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._mounts.refresh()
+                mounts, unmatched = self._mounts.select(patterns)
+                if unmatched:
+                    raise UsageError(
+                        f"no overlay mount matches {unmatched[0]!r}",
+                        remedy="see `watchd status` for those that are kept",
+                    )
+                concerned = [layer for mount in mounts for layer in mount.layers]
+                await self._layers.barrier(concerned if patterns else list(self._layers.layers.values()))
+                devices = [mount.overlay.device for mount in mounts]
+                if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
+                    raise TimeoutError
+                await self._journal.flush()
+        except TimeoutError:
+            raise DeadlineError(
+                f"not everything was verified within {timeout_s:g} s", remedy="see `watchd status`, or raise --timeout"
+            ) from None
+        # What was unmounted meanwhile is not asked for any more.
+        kept = [mount for mount in mounts if self._mounts.mounts.get(mount.overlay.device) is mount]
+        return {"mounts": mounts_status(kept, self._engine)}
+
+    async def _reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        reloading()
+        try:
+            loaded = await self._loop.run_in_executor(None, load, self._config_file)
+            self._control.permit(loaded.config.control)
+        except WatchdError:
+            self._metrics.reloaded(ok=False, time_s=time.time())
+            raise
+        finally:
+            notify(READY=1, STATUS=self._summary())
+        old, self._config = self._config, loaded.config
+        logs.set_up(loaded.config.log)
+        self._tell_unused()
+        if loaded.config.metrics != old.metrics:
+            self._listen()
+        await self._mounts.reconfigure(loaded.config)
+        self._metrics.reloaded(ok=True, time_s=time.time())
+        later = [
+            key
+            for key in ("state_directory", "runtime_directory", "journal")
+            if getattr(loaded.config, key) != getattr(old, key)
+        ]
+        log.info("configuration read from %s", ", ".join(map(str, loaded.files)) or "defaults")
+        return {"files": [str(file) for file in loaded.files], "after_restart": later}
+
+    async def _reload_on_signal(self) -> None:
+        self._tasks = [task for task in self._tasks if not task.done()]
+        try:
+            await self._reload({})
+        except WatchdError as error:
+            log.error("the old configuration stays: %s", error)
+
+    def _listen(self) -> None:
+        self._metrics.close()
+        address = self._config.metrics.listen
+        if address is None:
+            return
+        try:
+            self._metrics.listen(address.host, address.port)
+        except OSError as error:
+            # Not worth dying for: mounts are kept true without anybody watching.
+            log.error("metrics.listen %s:%s: %s; metrics are off", address.host, address.port, error.strerror)
+
+    def _tell_unused(self) -> None:
+        """Say which configured features this version does not have, instead of silently leaving them."""
+        config = self._config
+        actions = {*config.coherence.actions} | {a for rule in config.mounts if rule.actions for a in rule.actions}
+        for action in sorted(actions - {"invalidate"}):
+            log.warning("coherence: the action %s is not part of this version and is left out", action)
+        if any(rule.after for rule in config.mounts):
+            log.warning("mounts: `after` is not part of this version and is left out")
+
+    def _journal_settings(self) -> JournalSettings:
+        journal = self._config.journal
+        return JournalSettings(max_delay_ns=int(journal.max_delay), segment_size_bytes=int(journal.segment_size))
+
+
+def run(config_file: Path | None) -> None:
+    """The daemon, until it is told to stop. Raises WatchdError if it cannot start or its journal fails."""
+    loaded = load(config_file)
+    config = loaded.config
+    logs.set_up(config.log)
+    preflight.check_capabilities()
+    preflight.check_kernel()
+    preflight.raise_limits()
+    os.chdir("/")  # a working directory would keep its filesystem busy
+    preflight.make_directory(config.state_directory, key="state_directory", mode=0o750)
+    preflight.make_directory(config.runtime_directory, key="runtime_directory", mode=0o755)
+    lock = preflight.lock_runtime(config.runtime_directory)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        asyncio.run(_main(loaded, config_file))
+    finally:
+        os.close(lock)
+
+
+async def _main(loaded: Loaded, config_file: Path | None) -> None:
+    await Daemon(loaded, config_file).run()
+
+
+def _sync_arguments(request: Mapping[str, Any]) -> tuple[list[str], float]:
+    patterns = request.get("mounts", [])
+    timeout_s = request.get("timeout", SYNC_TIMEOUT_S)
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError("sync: `mounts` must be a list of strings")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= 86_400:
+        raise UsageError("sync: `timeout` must be a number of seconds, at most a day")
+    return patterns, float(timeout_s)
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
