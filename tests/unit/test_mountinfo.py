@@ -8,7 +8,9 @@ from watchd.errors import WireError
 from watchd.wire.mountinfo import FUSE_OVERLAYFS, OVERLAY, MountInfo, parse_line, parse_mountinfo, split_options
 
 ROOT = b"27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard"
-MERGED = b"54 42 0:40 / /srv/a\\040b rw,relatime shared:5 master:2 - overlay none ro,lowerdir=/l\\0541:/l2,redirect_dir=on"
+MERGED = (
+    b"54 42 0:40 / /srv/a\\040b rw,relatime shared:5 master:2 - overlay none ro,lowerdir=/l\\0541:/l2,redirect_dir=on"
+)
 FUSE = b"60 27 0:50 / /home/u/m rw - fuse.fuse-overlayfs fuse-overlayfs rw,user_id=1000"
 LOOK_ALIKE = b"61 27 0:51 / /mnt rw - cifs //s/a x - overlay - y rw,a b"
 

@@ -48,7 +48,7 @@ def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:
     try:
         fd = in_view(point.view, lambda: clone_path(point.path), courier=courier, discard=os.close)
     except OSError as error:
-        raise MountError(f"{os.fsdecode(point.path)}: cannot get hold of the mount: {error.strerror}") from error
+        raise MountError(f"{os.fsdecode(point.path)}: cannot get hold of the mount: {reason_of(error)}") from error
     try:
         found = os.fstat(fd).st_dev
         if f"{os.major(found)}:{os.minor(found)}" != device:
@@ -70,7 +70,7 @@ def clone_directory(layer: LayerDirectory, courier: Courier) -> int:
     try:
         fd = in_view(layer.view, lambda: clone_path(layer.path), courier=courier, discard=os.close)
     except OSError as error:
-        raise LayerError(f"{shown}: cannot get hold of the layer: {error.strerror}") from error
+        raise LayerError(f"{shown}: cannot get hold of the layer: {reason_of(error)}") from error
     except MountError as error:
         raise LayerError(f"{shown}: {error}") from error
     try:
@@ -97,3 +97,8 @@ def handle_of(fd: int) -> FileHandle | None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EOVERFLOW):
                 raise
     return None
+
+
+def reason_of(error: OSError) -> str:
+    """What the kernel said, without the name of the system call."""
+    return os.strerror(error.errno or 0)

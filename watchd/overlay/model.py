@@ -97,7 +97,8 @@ class ResolvedStack(msgspec.Struct, frozen=True):
     lowers: tuple[LayerDirectory, ...]
     data_only: tuple[LayerDirectory, ...]
     proven: bool
-    """The overlay's own file handle agrees with the first layer in the view where all of them were looked up."""
+    """The overlay's own file handle agrees with the first layer where all of them were looked up; if not, its status does,
+    or the layers are unknown."""
 
 
 def build_overlays(mounts: Iterable[tuple[View, MountInfo]]) -> tuple[Overlay, ...]:
