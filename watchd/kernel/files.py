@@ -21,7 +21,9 @@ import threading
 
 import msgspec
 
-from watchd.kernel.libc import AT_EMPTY_PATH, function, system_call
+from watchd.kernel.libc import AT_EACCESS as AT_EACCESS
+from watchd.kernel.libc import AT_EMPTY_PATH as AT_EMPTY_PATH
+from watchd.kernel.libc import function, system_call
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02

@@ -26,6 +26,7 @@ from watchd.kernel.files import AT_HANDLE_FID, FileHandle, name_to_handle_at
 from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD
 from watchd.kernel.mounts import open_tree_clone
 from watchd.kernel.namespaces import Courier, mount_namespace
+from watchd.kernel.statx import mount_id
 from watchd.overlay.model import LayerDirectory, MountPoint, View
 
 T = TypeVar("T")
@@ -81,6 +82,31 @@ def clone_directory(layer: LayerDirectory, courier: Courier) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def clone_mount_of(layer: LayerDirectory, courier: Courier) -> int:
+    """Like `clone_directory`, but rooted at the root of the mount that the layer's directory lies in."""
+    clone = clone_directory(layer, courier)
+    try:
+        fd = in_view(layer.view, lambda: clone_path(_mount_root(layer.path)), courier=courier, discard=os.close)
+        if os.fstat(fd).st_dev == layer.device:
+            os.close(clone)
+            return fd
+        os.close(fd)
+    except (OSError, MountError):
+        pass  # the root of the mount cannot be had (locked, mounted over meanwhile): the layer's own directory will do
+    return clone
+
+
+def _mount_root(path: bytes) -> bytes:
+    """Where `path` leads if `..` is taken for as long as it stays in the same mount. Nothing is held open meanwhile."""
+    mount = mount_id(path)
+    while mount_id(path + b"/..") == mount:
+        above = path + b"/.."
+        if os.stat(above).st_ino == os.stat(path).st_ino:
+            break
+        path = above
+    return path
 
 
 def clone_path(path: bytes) -> int:

@@ -10,7 +10,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -41,7 +41,7 @@ class Sink(Protocol):
 
 @dataclass
 class _Scan:
-    slices: Iterator[list[Change]]
+    slices: Generator[list[Change], None, None]
     found: Callable[[list[Change]], None]
     done: Callable[[Exception | None], None]
 
@@ -84,7 +84,7 @@ class Worker(threading.Thread):
 
     def scan(
         self,
-        slices: Iterator[list[Change]],
+        slices: Generator[list[Change], None, None],
         found: Callable[[list[Change]], None],
         done: Callable[[Exception | None], None],
     ) -> None:
@@ -108,6 +108,8 @@ class Worker(threading.Thread):
             while not self._stopping:
                 self._step(poll)
         finally:
+            for scan in self._scans:
+                scan.slices.close()
             self.source.close()
 
     def _step(self, poll: select.poll) -> None:

@@ -1,0 +1,1 @@
+"""What watchd is compared with, each a script that runs as a process of its own."""

@@ -1,0 +1,39 @@
+"""A merged mount as the coherence code sees it: how to open it and its layers, and what may be done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerRoot:
+    """One layer of a stack, the upper included."""
+
+    path: bytes
+    open: Callable[[], int] = field(repr=False, compare=False)
+    """A detached mount rooted at the layer's directory, as an owned descriptor. Raises LayerError."""
+    cache_tells: bool = True
+    """RESOLVE_CACHED answers truly for this filesystem (see `watchd.coherence.view`)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A superblock of overlayfs that watchd keeps true."""
+
+    device: str
+    """major:minor"""
+    mount_point: bytes
+    layers: tuple[LayerRoot, ...]
+    """Top first, the upper included, data-only layers left out."""
+    open: Callable[[], int] = field(repr=False, compare=False)
+    """A detached clone of the merged mount, as an owned descriptor. Raises MountError."""
+    read_only: bool = False
+    """The superblock is read-only."""
+    userxattr: bool = False
+    renames_directories: bool = False
+    """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
+    observe: bool = False
+    """Verify and report, but do nothing."""
+    budget: float = 0.1
+    """Share of the time that may go into invalidating this mount."""

@@ -1,0 +1,212 @@
+"""Compare what a merged mount says with what its layers hold, name by name.
+
+Facts
+* openat2(RESOLVE_CACHED) answers from the dentry cache alone and leaves it as it was. A name of the merged mount that is not
+  cached cannot be stale: its next lookup goes to the layers. So a name that nobody looked up costs one system call, its
+  directory's one if that is not cached either, and verification itself caches nothing that could become stale later.
+* A pinned dentry pins its ancestors, so below an uncached directory nothing is stale.
+* Exact identity of a cached object: name_to_handle_at(AT_HANDLE_FID) on it reveals the handle of the real inode it stands for
+  (6.6). It names the topmost layer's object only; for a directory the names in it are compared as well.
+* Dentries of filesystems with a d_revalidate (FUSE, NFS, cgroup) are never found by RESOLVE_CACHED; there every name is looked
+  up in earnest.
+* stat(2) shows the attributes of the real inode, but permission checks use the cached ones: they are told apart only by asking
+  for access as another user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from watchd.coherence.access import access_differs
+from watchd.coherence.target import Target
+from watchd.errors import WireError
+from watchd.kernel.files import (
+    AT_EMPTY_PATH,
+    AT_HANDLE_FID,
+    CONFINED,
+    O_PATH_NOFOLLOW,
+    RESOLVE_CACHED,
+    FileHandle,
+    name_to_handle_at,
+    openat2,
+)
+from watchd.overlay.union import Entry, Union
+from watchd.records import Kind
+from watchd.wire.handles import parse_overlay_handle
+
+STRUCTURE = int(Kind.CREATE | Kind.DELETE | Kind.RENAME)
+UNCACHED = -1
+NEGATIVE = -2
+
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+class Suspect(NamedTuple):
+    """Why a path may be stale."""
+
+    kinds: int
+    is_dir: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """A name whose merged view is wrong. `kind` is missing, ghost, replaced, permission or listing."""
+
+    path: bytes
+    kind: str
+
+
+class View:
+    """A merged mount and its layers, open for the length of one piece of work."""
+
+    def __init__(self, target: Target) -> None:
+        """Raises MountError."""
+        self._target = target
+        self._stack = contextlib.ExitStack()
+        self.merged = target.open()
+        self._stack.callback(os.close, self.merged)
+        self._union: Union | None = None
+        self._cache_tells = all(layer.cache_tells for layer in target.layers)
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def union(self) -> Union:
+        """The layers, opened when first asked for. Raises LayerError."""
+        if self._union is None:
+            roots = []
+            for layer in self._target.layers:
+                roots.append(layer.open())
+                self._stack.callback(os.close, roots[-1])
+            self._union = Union(roots, userxattr=self._target.userxattr)
+            self._stack.callback(self._union.close)
+        return self._union
+
+    def stale(self, suspects: Mapping[bytes, Suspect], *, acted: bool) -> Iterator[Stale]:
+        """The stale ones among the suspects. Before an action (`acted` false) also those that may be stale in a way that
+        cannot be seen from outside. Raises LayerError, OSError."""
+        cached: dict[bytes, bool] = {b"": True}
+        for path in sorted(suspects):
+            if self._cache_tells and not self._is_cached(path.rpartition(b"/")[0], cached):
+                continue
+            kind = self._judge(path, suspects[path], acted=acted)
+            if kind is not None:
+                yield Stale(path, kind)
+
+    def cached_names(self) -> Generator[tuple[bytes, Suspect], None, None]:
+        """Every name that the layers have and that the merged mount has cached, as a suspect; uncached subtrees are skipped."""
+        pending = [b""]
+        while pending:
+            directory = pending.pop()
+            for name, is_dir in self.union.listing(directory).items():
+                path = directory + b"/" + name if directory else name
+                descriptor = self._cached(path)
+                if descriptor == UNCACHED:
+                    continue
+                if descriptor >= 0:
+                    os.close(descriptor)
+                    if is_dir:
+                        pending.append(path)
+                yield path, Suspect(int(Kind.ATTRIB | Kind.CREATE), is_dir)
+
+    def _is_cached(self, directory: bytes, cached: dict[bytes, bool]) -> bool:
+        """Whether a directory is in the merged mount's cache, going down from the root with a memory of the answers."""
+        known = cached.get(directory)
+        if known is None:
+            known = self._is_cached(directory.rpartition(b"/")[0], cached)
+            if known:
+                descriptor = self._cached(directory)
+                known = descriptor != UNCACHED
+                if descriptor >= 0:
+                    os.close(descriptor)
+            cached[directory] = known
+        return known
+
+    def _cached(self, path: bytes) -> int:
+        """An owned descriptor of a cached object, or UNCACHED, or NEGATIVE. Raises OSError."""
+        resolve = CONFINED | (RESOLVE_CACHED if self._cache_tells else 0)
+        for _ in range(2):  # a rename elsewhere in the dentry hash can make a lockless lookup miss once
+            try:
+                return openat2(self.merged, path or b".", flags=O_PATH_NOFOLLOW, resolve=resolve)
+            except OSError as error:
+                if error.errno in _NOTHING_THERE:
+                    return NEGATIVE
+                if error.errno == errno.ESTALE:
+                    return NEGATIVE
+                if error.errno != errno.EAGAIN:
+                    raise
+        return UNCACHED
+
+    def _judge(self, path: bytes, suspect: Suspect, *, acted: bool) -> str | None:
+        descriptor = self._cached(path)
+        if descriptor == UNCACHED:
+            return None
+        if descriptor == NEGATIVE:
+            return "missing" if self.union.lookup(path) is not None else None
+        try:
+            expected = self.union.lookup(path)
+            if expected is None:
+                return "ghost"
+            return self._judge_object(path, descriptor, expected, suspect, acted=acted)
+        finally:
+            os.close(descriptor)
+
+    def _judge_object(
+        self, path: bytes, descriptor: int, expected: Entry, suspect: Suspect, *, acted: bool
+    ) -> str | None:
+        identity = _identity(descriptor)
+        if identity is not None and identity != expected.handle:
+            return "replaced"
+        if identity is None and suspect.kinds & STRUCTURE and not acted:
+            return "replaced"  # a kernel that tells no identity: do not trust, invalidate
+        if expected.is_dir and suspect.kinds & STRUCTURE and len(self._target.layers) > 1:
+            # The handle names the topmost directory only; those below it may be others than the cached ones.
+            if not acted:
+                return "listing"
+            if self._lists_otherwise(path, descriptor):
+                return "listing"
+        if suspect.kinds & Kind.ATTRIB:
+            if not acted:
+                return "permission"  # a stale setuid bit shows at execve only, so nobody is asked
+            if self._grants_otherwise(path, descriptor):
+                return "permission"
+        return None
+
+    def _grants_otherwise(self, path: bytes, descriptor: int) -> bool:
+        real = self.union.open(path)
+        if real is None:
+            return True
+        try:
+            return access_differs(descriptor, real)
+        finally:
+            os.close(real)
+
+    def _lists_otherwise(self, path: bytes, descriptor: int) -> bool:
+        listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)
+        try:
+            return set(_names(os.listdir(listing))) != set(self.union.listing(path))
+        finally:
+            os.close(listing)
+
+
+def _names(listing: Iterable[str]) -> Iterator[bytes]:
+    return (os.fsencode(name) for name in listing)
+
+
+def _identity(descriptor: int) -> FileHandle | None:
+    """The handle of the real object that an object of an overlay stands for; None if this kernel does not tell."""
+    try:
+        handle = name_to_handle_at(descriptor, flags=AT_EMPTY_PATH | AT_HANDLE_FID)
+        real = parse_overlay_handle(handle.type, handle.fid)
+    except (OSError, WireError):
+        return None
+    return FileHandle(real.type, real.fid)

@@ -1,0 +1,183 @@
+"""What watchd tells Prometheus; the only user of prometheus_client.
+
+Facts: prometheus_client binds to all addresses unless told otherwise, and adds a `_created` series to every counter unless
+disabled. Its HTTP server runs in threads of its own; a scrape reads numbers that are in memory and never touches a mount.
+Labels hold names that were configured or discovered (layer names, major:minor), never file paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from watchd import __version__
+from watchd.records import Kind
+
+LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+DURATION_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LAYER_STATES = ("live", "scanning", "desynced", "failed")
+MOUNT_STATES = ("coherent", "stale", "pinned", "failed", "observed")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a scrape shows besides the counters."""
+
+    layer_states: Iterable[str] = ()
+    mount_states: Iterable[str] = ()
+    stale_entries: Mapping[str, int] = field(default_factory=dict)
+    journal_last_sequence: int = 0
+    journal_bytes: int = 0
+    queue_bytes: int = 0
+
+
+class Metrics:
+    """The counters, and the server that shows them. Counting is safe in every thread."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()
+        self._registry = registry = CollectorRegistry()
+        self._server: tuple[WSGIServer, Thread] | None = None
+        build = Gauge("watchd_build_info", "The version that runs; always 1.", ["version"], registry=registry)
+        build.labels(__version__).set(1)
+        self._events = Counter(
+            "watchd_events", "Names that events were read for.", ["layer", "backend"], registry=registry
+        )
+        self._changes = Counter(
+            "watchd_changes", "Changes journalled; one may be of several kinds.", ["layer", "kind"], registry=registry
+        )
+        self._desyncs = Counter(
+            "watchd_desyncs", "Times that changes may have been missed.", ["layer", "reason"], registry=registry
+        )
+        self._actions = Counter(
+            "watchd_actions", "Actions on merged mounts.", ["mount", "method", "result"], registry=registry
+        )
+        self.action_duration = Histogram(
+            "watchd_action_duration_seconds",
+            "Time an action took.",
+            ["method"],
+            registry=registry,
+            buckets=DURATION_BUCKETS,
+        )
+        self.latency = Histogram(
+            "watchd_coherence_latency_seconds",
+            "From the reading of an event to the verified coherence of the mounts it concerns.",
+            registry=registry,
+            buckets=LATENCY_BUCKETS,
+        )
+        self._verifications = Counter(
+            "watchd_verifications", "Verifications of a mount, by what they found.", ["result"], registry=registry
+        )
+        self.append_duration = Histogram(
+            "watchd_journal_append_duration_seconds",
+            "Time a commit took to write.",
+            registry=registry,
+            buckets=DURATION_BUCKETS,
+        )
+        self.sync_duration = Histogram(
+            "watchd_journal_sync_duration_seconds",
+            "Time a commit took to sync.",
+            registry=registry,
+            buckets=DURATION_BUCKETS,
+        )
+        self._reload_ok = Gauge(
+            "watchd_config_last_reload_successful",
+            "Whether the configuration was good when last read.",
+            registry=registry,
+        )
+        self._reload_time = Gauge(
+            "watchd_config_last_reload_success_timestamp_seconds", "When a good one was last read.", registry=registry
+        )
+
+    def show(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Ask `snapshot` at every scrape; it must not block."""
+        self._registry.register(_Gauges(snapshot))
+
+    def listen(self, host: str, port: int) -> int:
+        """Serve /metrics; returns the port. Raises OSError."""
+        self.close()
+        server, thread = start_http_server(port, addr=host, registry=self._registry)
+        self._server = (server, thread)
+        return int(server.server_port)
+
+    def close(self) -> None:
+        """Stop serving."""
+        if self._server:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._server = None
+
+    def events(self, backend: str, counts: Mapping[str, int]) -> None:
+        """Names read, by layer."""
+        for layer, count in counts.items():
+            self._events.labels(layer, backend).inc(count)
+
+    def changes(self, counts: Mapping[tuple[str, int], int]) -> None:
+        """Changes by layer and `Kind` bits."""
+        for (layer, kinds), count in counts.items():
+            for kind in Kind:
+                if kinds & kind:
+                    self._changes.labels(layer, kind.name.lower()).inc(count)  # type: ignore[union-attr]
+
+    def desync(self, layer: str, reason: str) -> None:
+        """Changes may have been missed."""
+        self._desyncs.labels(layer, reason).inc()
+
+    def action(self, mount: str, method: str, result: str, duration_s: float) -> None:
+        """Something was done to a mount."""
+        self._actions.labels(mount, method, result).inc()
+        self.action_duration.labels(method).observe(duration_s)
+
+    def verification(self, result: str) -> None:
+        """A mount was verified."""
+        self._verifications.labels(result).inc()
+
+    def forget_mount(self, mount: str) -> None:
+        """The mount is gone; its series go too."""
+        for labels in [labels for labels in self._actions._metrics if labels[0] == mount]:
+            self._actions.remove(*labels)
+
+    def reloaded(self, *, ok: bool, time_s: float) -> None:
+        """The configuration was read."""
+        self._reload_ok.set(ok)
+        if ok:
+            self._reload_time.set(time_s)
+
+
+class _Gauges(Collector):
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._snapshot()
+        yield _by_state("watchd_layers", "Lower layers.", LAYER_STATES, list(now.layer_states))
+        yield _by_state("watchd_mounts", "Merged mounts.", MOUNT_STATES, list(now.mount_states))
+        stale = GaugeMetricFamily("watchd_mount_stale_entries", "Names known to be stale.", labels=["mount"])
+        for mount, count in now.stale_entries.items():
+            stale.add_metric([mount], count)
+        yield stale
+        yield GaugeMetricFamily(
+            "watchd_journal_last_sequence", "Sequence number of the last record.", value=now.journal_last_sequence
+        )
+        yield GaugeMetricFamily("watchd_journal_size_bytes", "Size of the journal.", value=now.journal_bytes)
+        yield GaugeMetricFamily(
+            "watchd_queue_bytes", "Events that the kernel holds for watchd to read.", value=now.queue_bytes
+        )
+
+
+def _by_state(name: str, text: str, states: tuple[str, ...], found: list[str]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=["state"])
+    for state in states:
+        family.add_metric([state], found.count(state))
+    return family
