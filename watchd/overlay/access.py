@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from watchd.errors import LayerError, MountError
+from watchd.errors import DeadlineError, LayerError, MountError
 from watchd.kernel.files import AT_HANDLE_FID, FileHandle, name_to_handle_at
 from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD
 from watchd.kernel.mounts import open_tree_clone
@@ -50,6 +50,8 @@ def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:
         fd = in_view(point.view, lambda: clone_path(point.path), courier=courier, discard=os.close)
     except OSError as error:
         raise MountError(f"{os.fsdecode(point.path)}: cannot get hold of the mount: {reason_of(error)}") from error
+    except DeadlineError as error:
+        raise MountError(f"{os.fsdecode(point.path)}: {error}") from error
     try:
         found = os.fstat(fd).st_dev
         if f"{os.major(found)}:{os.minor(found)}" != device:
@@ -72,7 +74,7 @@ def clone_directory(layer: LayerDirectory, courier: Courier) -> int:
         fd = in_view(layer.view, lambda: clone_path(layer.path), courier=courier, discard=os.close)
     except OSError as error:
         raise LayerError(f"{shown}: cannot get hold of the layer: {reason_of(error)}") from error
-    except MountError as error:
+    except (MountError, DeadlineError) as error:
         raise LayerError(f"{shown}: {error}") from error
     try:
         status = os.fstat(fd)
