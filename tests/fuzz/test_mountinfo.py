@@ -45,10 +45,8 @@ def test_any_layer_name_survives_the_colon_syntax(lower: list[bytes], data_only:
 
 @given(st.lists(path, min_size=1), path, path)
 def test_any_name_survives_the_way_through_mountinfo(lower: list[bytes], upper: bytes, mount_point: bytes) -> None:
-    options = b",".join(
-        [b"rw", *(b"lowerdir+=" + shown(layer, b", \t\n\\") for layer in lower)]
-        + [b"upperdir=" + shown(typed(upper), b", \t\n\\"), b"workdir=/w"]
-    )
+    layers = b",".join(b"lowerdir+=" + shown(layer, b", \t\n\\") for layer in lower)
+    options = b"rw,%s,upperdir=%s,workdir=/w" % (layers, shown(typed(upper), b", \t\n\\"))
     line = b"54 42 0:40 / %s rw - overlay none %s" % (shown(mount_point, b" \t\n\\"), options)
     (info,) = parse_mountinfo(b"1 1 0:1 / / rw - ext4 x rw\n" + line + b"\n", frozenset({b"overlay"}))
     (overlay,) = build_overlays([(View(1, 1), info)])

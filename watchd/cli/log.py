@@ -75,10 +75,8 @@ def run_log(
 def _print(records: Iterable[NumberedRecord], out: BinaryIO, *, filters: Filters, encoding: str | None) -> None:
     for seq, record in records:
         if filters.match(record):
-            if encoding:
-                line = to_text(seq, record).encode(encoding, "backslashreplace")
-            else:
-                line = _to_line(to_json(seq, record))
+            text = to_text(seq, record).encode(encoding, "backslashreplace") if encoding else b""
+            line = text or _to_line(to_json(seq, record))
             out.write(line + b"\n")
     out.flush()
 

@@ -9,13 +9,18 @@ covers all mounts of the superblock in all namespaces. EBUSY while frozen. What 
 from __future__ import annotations
 
 import os
+import time
 
-from watchd.errors import MountError
+from watchd.errors import MountError, NotPermittedError
 from watchd.kernel.mounts import FSCONFIG_CMD_RECONFIGURE, FSCONFIG_SET_FLAG, fsconfig, fspick
 
 
-def invalidate(merged: int, *, read_only: bool) -> None:
-    """Reconfigure the superblock of `merged`, the root of one of its mounts. Raises MountError."""
+def invalidate(merged: int, *, read_only: bool) -> int:
+    """Reconfigure the superblock of `merged`, the root of one of its mounts; returns the time it took in nanoseconds.
+
+    Raises MountError.
+    """
+    started_ns = time.monotonic_ns()
     try:
         context = fspick(merged)
         try:
@@ -24,5 +29,8 @@ def invalidate(merged: int, *, read_only: bool) -> None:
             fsconfig(context, FSCONFIG_CMD_RECONFIGURE)
         finally:
             os.close(context)
+    except PermissionError:
+        raise NotPermittedError("invalidating needs CAP_SYS_ADMIN", remedy="run it as root") from None
     except OSError as error:
         raise MountError(f"cannot invalidate: {error.strerror}") from None
+    return time.monotonic_ns() - started_ns

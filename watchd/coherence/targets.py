@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
 from watchd.coherence.target import LayerRoot, Target
 from watchd.errors import MountError
@@ -44,10 +45,18 @@ def build_target(
         open=functools.partial(_open_merged, overlay, courier),
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
-        renames_directories=overlay.options.get("redirect_dir") == "on",
+        renames_directories=overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
         observe=observe,
         budget=budget,
     )
+
+
+def _default(option: str) -> str:
+    """The module's default, which mountinfo does not show; "" if it cannot be read."""
+    try:
+        return Path("/sys/module/overlay/parameters", option).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def primary_point(overlay: Overlay) -> MountPoint:

@@ -6,7 +6,9 @@ Facts
   directory's one if that is not cached either, and verification itself caches nothing that could become stale later.
 * A pinned dentry pins its ancestors, so below an uncached directory nothing is stale.
 * Exact identity of a cached object: name_to_handle_at(AT_HANDLE_FID) on it reveals the handle of the real inode it stands for
-  (6.6). It names the topmost layer's object only; for a directory the names in it are compared as well.
+  (6.6). It names the topmost layer's object only; for a directory the names in it are compared as well. An overlay mounted in
+  a user namespace and an outer one of nested overlays do not tell; there times, type and size have to do, which
+  stat(2) gives of the real inode.
 * Dentries of filesystems with a d_revalidate (FUSE, NFS, cgroup) are never found by RESOLVE_CACHED; there every name is looked
   up in earnest.
 * stat(2) shows the attributes of the real inode, but permission checks use the cached ones: they are told apart only by asking
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -164,10 +167,9 @@ class View:
         self, path: bytes, descriptor: int, expected: Entry, suspect: Suspect, *, acted: bool
     ) -> str | None:
         identity = _identity(descriptor)
-        if identity is not None and identity != expected.handle:
+        same = self._looks_same(path, descriptor) if identity is None else identity == expected.handle
+        if not same:
             return "replaced"
-        if identity is None and suspect.kinds & STRUCTURE and not acted:
-            return "replaced"  # a kernel that tells no identity: do not trust, invalidate
         if expected.is_dir and suspect.kinds & STRUCTURE and len(self._target.layers) > 1:
             # The handle names the topmost directory only; those below it may be others than the cached ones.
             if not acted:
@@ -180,6 +182,16 @@ class View:
             if self._grants_otherwise(path, descriptor):
                 return "permission"
         return None
+
+    def _looks_same(self, path: bytes, descriptor: int) -> bool:
+        """For overlays that tell no handle: attributes come from the real inode, so they tell one object from another."""
+        real = self.union.open(path)
+        if real is None:
+            return False
+        try:
+            return _fingerprint(descriptor) == _fingerprint(real)
+        finally:
+            os.close(real)
 
     def _grants_otherwise(self, path: bytes, descriptor: int) -> bool:
         real = self.union.open(path)
@@ -200,6 +212,12 @@ class View:
 
 def _names(listing: Iterable[str]) -> Iterator[bytes]:
     return (os.fsencode(name) for name in listing)
+
+
+def _fingerprint(descriptor: int) -> tuple[int, ...]:
+    status = os.stat(descriptor)
+    size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+    return stat.S_IFMT(status.st_mode), status.st_mtime_ns, status.st_ctime_ns, size
 
 
 def _identity(descriptor: int) -> FileHandle | None:

@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from watchd.errors import LayerError, MountError
+from watchd.errors import DeadlineError, LayerError, MountError
 from watchd.kernel.files import AT_HANDLE_FID, FileHandle, name_to_handle_at
 from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD
 from watchd.kernel.mounts import open_tree_clone
@@ -49,7 +49,9 @@ def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:
     try:
         fd = in_view(point.view, lambda: clone_path(point.path), courier=courier, discard=os.close)
     except OSError as error:
-        raise MountError(f"{os.fsdecode(point.path)}: cannot get hold of the mount: {error.strerror}") from error
+        raise MountError(f"{os.fsdecode(point.path)}: cannot get hold of the mount: {reason_of(error)}") from error
+    except DeadlineError as error:
+        raise MountError(f"{os.fsdecode(point.path)}: {error}") from error
     try:
         found = os.fstat(fd).st_dev
         if f"{os.major(found)}:{os.minor(found)}" != device:
@@ -71,8 +73,8 @@ def clone_directory(layer: LayerDirectory, courier: Courier) -> int:
     try:
         fd = in_view(layer.view, lambda: clone_path(layer.path), courier=courier, discard=os.close)
     except OSError as error:
-        raise LayerError(f"{shown}: cannot get hold of the layer: {error.strerror}") from error
-    except MountError as error:
+        raise LayerError(f"{shown}: cannot get hold of the layer: {reason_of(error)}") from error
+    except (MountError, DeadlineError) as error:
         raise LayerError(f"{shown}: {error}") from error
     try:
         status = os.fstat(fd)
@@ -123,3 +125,8 @@ def handle_of(fd: int) -> FileHandle | None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EOVERFLOW):
                 raise
     return None
+
+
+def reason_of(error: OSError) -> str:
+    """What the kernel said, without the name of the system call."""
+    return os.strerror(error.errno or 0)

@@ -8,6 +8,8 @@ Facts (fs/overlayfs/params.c and super.c of 6.1, 6.12 and 6.18)
   passed descriptors (6.13) has plain paths there; such a path with a backslash in it is misread, and found out as a layer
   that does not fit.
 * Relative paths are shown as given. Layers that were deleted, renamed or mounted over still show the old string.
+* Of the other options those are shown that differ from the module's defaults (/sys/module/overlay/parameters), so one that is
+  not shown is not necessarily off.
 * The `ro` of the superblock is the first super option; the mount flag of the same name stands in another field.
 * One superblock (`major:minor`) is one overlay, however many mounts in however many namespaces show it. A mount may show a
   subdirectory of it only (bind mounts).
@@ -97,7 +99,8 @@ class ResolvedStack(msgspec.Struct, frozen=True):
     lowers: tuple[LayerDirectory, ...]
     data_only: tuple[LayerDirectory, ...]
     proven: bool
-    """The overlay's own file handle agrees with the first layer in the view where all of them were looked up."""
+    """The overlay's own file handle agrees with the first layer where all of them were looked up; if not, its status does,
+    or the layers are unknown."""
 
 
 def build_overlays(mounts: Iterable[tuple[View, MountInfo]]) -> tuple[Overlay, ...]:

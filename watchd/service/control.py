@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import grp
+import json
 import logging
 import os
 import socket
@@ -17,8 +18,6 @@ import struct
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from watchd.config.schema import SOCKET_NAME, Control
 from watchd.errors import (
@@ -125,13 +124,15 @@ class ControlServer:
         except Exception as error:
             log.exception("a request failed")
             return _failure(f"internal error, please report it: {error!r}", "internal")
-        return msgspec.json.encode({"ok": True, "result": result})
+        return _encode({"ok": True, "result": result})
 
     async def _dispatch(self, line: bytes, writer: asyncio.StreamWriter) -> Any:
         try:
-            request = msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+            request = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"bad request: {error}") from None
+        if not isinstance(request, dict):
+            raise UsageError("bad request: not an object")
         verb = request.pop("verb", None)
         if not isinstance(verb, str) or verb not in self._verbs:
             raise UsageError(f"unknown verb {verb!r}", remedy="use the watchd command of the same version")
@@ -145,4 +146,8 @@ class ControlServer:
 
 
 def _failure(message: str, kind: str) -> bytes:
-    return msgspec.json.encode({"ok": False, "error": message.replace("\n", " "), "kind": kind})
+    return _encode({"ok": False, "error": message.replace("\n", " "), "kind": kind})
+
+
+def _encode(answer: Any) -> bytes:
+    return json.dumps(answer).encode("ascii")  # escapes keep names that are not UTF-8 as surrogates, both ways

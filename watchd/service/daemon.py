@@ -111,9 +111,10 @@ class Daemon:
         for number, handler in self._signals().items():
             self._loop.add_signal_handler(number, handler)
         tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
-        stop = asyncio.create_task(self._stop.wait())
+        stop = asyncio.ensure_future(self._stop.wait())
+        watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
         try:
-            await asyncio.wait([stop, self._journal.failed, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()
@@ -152,7 +153,7 @@ class Daemon:
             told = False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_INTERVAL_S):
-                    told = await self._look.wait()
+                    told = bool(await self._look.wait())
             self._look.clear()
             overdue = time.monotonic() - troubled_at > TROUBLE_INTERVAL_S and self._mounts.troubled()
             if told or overdue or await self._mounts.namespaces_changed():

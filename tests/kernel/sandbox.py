@@ -1,0 +1,168 @@
+"""A place for tests that mount: a tmpfs, overlays on it, processes in namespaces of their own, and a strict tidy-up."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from watchd.kernel.libc import AT_FDCWD, function, system_call
+from watchd.kernel.mounts import (
+    FSCONFIG_CMD_CREATE,
+    FSCONFIG_SET_FLAG,
+    FSCONFIG_SET_STRING,
+    fsconfig,
+    fsmount,
+    fsopen,
+)
+from watchd.kernel.namespaces import mount_namespace
+from watchd.overlay.model import View
+from watchd.wire.mountinfo import parse_mountinfo
+
+MS_REMOUNT, MS_RDONLY, MS_BIND, MS_REC, MS_PRIVATE = 0x20, 0x1, 0x1000, 0x4000, 0x40000
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+
+_mount = function("mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_umount2 = function("umount2", ctypes.c_char_p, ctypes.c_int)
+_move_mount = system_call(
+    429, "move_mount", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
+)
+
+Options = Sequence[tuple[bytes, bytes | None]]
+
+
+def mount(source: bytes, target: bytes, fstype: bytes = b"", *, flags: int = 0, data: bytes = b"") -> None:
+    """mount(2)."""
+    _mount(source, target, fstype, flags, data)
+
+
+def umount(target: bytes) -> None:
+    """umount(2), not lazy: it fails with EBUSY if anybody holds on to the mount."""
+    _umount2(target, 0)
+
+
+class Inmate:
+    """A shell in a mount namespace of its own, which does what it is told."""
+
+    def __init__(self, *unshare_flags: str) -> None:
+        command = ["unshare", *unshare_flags, "--mount", "--propagation", "private", "sh"]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self.pid = self._shell.pid
+        self.run("true")
+        self.view = View(self.pid, mount_namespace(self.pid))
+
+    def run(self, command: str) -> str:
+        """What the command prints; a failing one fails the test."""
+        assert self._shell.stdin is not None
+        assert self._shell.stdout is not None
+        self._shell.stdin.write(os.fsencode(f"{command}\nprintf '\\nstatus %s\\n' $?\n"))
+        lines: list[str] = []
+        while not (line := os.fsdecode(self._shell.stdout.readline())).startswith("status "):
+            assert line, f"the shell ended at: {command}"
+            lines.append(line)
+        assert line == "status 0\n", f"failed: {command}"
+        return "".join(lines).strip()
+
+    def end(self) -> None:
+        """End the shell and everything it started in the background, and its namespace with them."""
+        assert self._shell.stdin is not None
+        assert self._shell.stdout is not None
+        if self._shell.poll() is None:
+            self.run("for job in $(jobs -p); do kill -9 $job; done; wait")
+        self._shell.stdin.close()
+        self._shell.stdout.close()
+        self._shell.wait()
+
+
+class Sandbox:
+    """A fresh tmpfs at `root` (bytes), and what a test did on it, to be taken back by `tidy_up`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = os.fsencode(root)
+        self._mounts: list[bytes] = []
+        self._inmates: list[Inmate] = []
+        self.mount_tmpfs(b"")
+
+    def path(self, name: bytes) -> bytes:
+        """Where `name` is."""
+        return os.path.join(self.root, name) if name else self.root
+
+    def directory(self, name: bytes) -> bytes:
+        """A directory of that name, made if need be."""
+        os.makedirs(self.path(name), exist_ok=True)
+        return self.path(name)
+
+    def mount_tmpfs(self, name: bytes) -> bytes:
+        """A tmpfs of its own at `name`."""
+        mount(b"tmpfs", self.directory(name), b"tmpfs", data=b"mode=755")
+        self._mounts.append(self.path(name))
+        return self.path(name)
+
+    def bind(self, name: bytes, target: bytes) -> bytes:
+        """The directory `name` at `target` too."""
+        mount(self.path(name), self.directory(target), flags=MS_BIND)
+        self._mounts.append(self.path(target))
+        return self.path(target)
+
+    def mount_overlay(self, name: bytes, options: Options) -> bytes:
+        """An overlay at `name` through fsconfig(2), whose values may hold any byte."""
+        context = fsopen(b"overlay")
+        try:
+            for key, value in options:
+                fsconfig(context, FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING, key, value)
+            fsconfig(context, FSCONFIG_CMD_CREATE)
+            detached = fsmount(context)
+        finally:
+            os.close(context)
+        try:
+            _move_mount(detached, b"", AT_FDCWD, self.directory(name), _MOVE_MOUNT_F_EMPTY_PATH)
+        finally:
+            os.close(detached)
+        self._mounts.append(self.path(name))
+        return self.path(name)
+
+    def overlay(self, name: bytes, *lowers: bytes, upper: bytes | None = None) -> bytes:
+        """An overlay at `name` over directories of the sandbox, which are made if need be."""
+        options = [(b"lowerdir+", self.directory(lower)) for lower in lowers]
+        if upper is not None:
+            options += [(b"upperdir", self.directory(upper)), (b"workdir", self.directory(upper + b".work"))]
+        return self.mount_overlay(name, options)
+
+    def umount(self, name: bytes) -> None:
+        """Take a mount back before the end."""
+        umount(self.path(name))
+        self._mounts.remove(self.path(name))
+
+    def inmate(self, *unshare_flags: str) -> Inmate:
+        """A shell in a mount namespace of its own, a copy of ours as it is now."""
+        inmate = Inmate(*unshare_flags)
+        self._inmates.append(inmate)
+        return inmate
+
+    def tidy_up(self) -> None:
+        """Take everything back; a mount that is busy makes the test fail."""
+        for inmate in self._inmates:
+            inmate.end()
+        for path in reversed(self._mounts):
+            umount(path)
+
+
+class Belongings:
+    """What a process has, to be compared before and after."""
+
+    def __init__(self) -> None:
+        self.mounts = {info.mount_id for info in parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())}
+        self.loop_devices = {path.parent.parent.name for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+        self.descriptors = {(fd, target) for fd in os.listdir("/proc/self/fd") if (target := _target(fd))}
+        self.children = Path("/proc/thread-self/children").read_text().split()
+        self.threads = {thread.name for thread in threading.enumerate()}
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:  # the one that listed them
+        return ""

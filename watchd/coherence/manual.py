@@ -1,0 +1,69 @@
+"""Act on mounts now, without a daemon.
+
+What is stale is found among the names that the layers have and the mount has cached (`View.cached_names`); so a name that went
+from the layers and is still held by somebody is not seen here, but by the daemon, which saw it go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from watchd.coherence.invalidate import invalidate as invalidate_superblock
+from watchd.coherence.target import Target
+from watchd.coherence.targets import build_target
+from watchd.coherence.view import Stale, View
+from watchd.errors import LayerError, MountError, NotPermittedError, UnsupportedError, UsageError
+from watchd.kernel.namespaces import Courier
+from watchd.overlay.discovery import discover, matches
+from watchd.overlay.layers import resolve
+from watchd.overlay.model import Overlay
+
+
+def invalidate(patterns: Sequence[str], method: str) -> list[dict[str, Any]]:
+    """Act on every overlay that a pattern matches. Raises UsageError if one matches nothing, UnsupportedError for a method
+    that this version does not have."""
+    if method != "invalidate":
+        raise UnsupportedError(f"the method {method} is not part of this version", remedy="use --method invalidate")
+    courier = Courier()
+    try:
+        return [_act(build_target(overlay, resolve(overlay, courier), courier)) for overlay in _select(patterns)]
+    finally:
+        courier.close()
+
+
+def _select(patterns: Sequence[str]) -> Iterator[Overlay]:
+    overlays = discover("all").overlays
+    for pattern in patterns:
+        if not any(matches(overlay, pattern) for overlay in overlays):
+            raise UsageError(f"no overlay mount matches {pattern!r}", remedy="see `findmnt -t overlay`")
+    return (overlay for overlay in overlays if any(matches(overlay, pattern) for pattern in patterns))
+
+
+def _act(target: Target) -> dict[str, Any]:
+    outcome: dict[str, Any] = {
+        "device": target.device,
+        "mount_point": os.fsdecode(target.mount_point),
+        "method": "invalidate",
+        "result": "failed",
+        "stale_before": 0,
+        "stale_after": 0,
+        "duration_ns": 0,
+    }
+    try:
+        with View(target) as view:
+            outcome["stale_before"] = len(_stale(view))
+            outcome["duration_ns"] = invalidate_superblock(view.merged, read_only=target.read_only)
+            after = outcome["stale_after"] = len(_stale(view))
+            outcome["result"] = "stale" if after else "coherent"
+    except NotPermittedError:
+        raise
+    except (MountError, LayerError, OSError) as error:
+        outcome["error"] = str(error)
+    return outcome
+
+
+def _stale(view: View) -> list[Stale]:
+    """What can be seen to be stale among the cached names."""
+    return [stale for path, suspect in view.cached_names() for stale in view.stale({path: suspect}, acted=True)]
