@@ -12,6 +12,8 @@ from typing import BinaryIO
 import click
 import msgspec
 
+from watchd.cli.options import config_option, json_option
+from watchd.config import load
 from watchd.journal.cursor import parse_cursor
 from watchd.journal.format import RECORD_TYPES
 from watchd.journal.reader import Follower, NumberedRecord, extent
@@ -87,29 +89,32 @@ def path_prefix(text: str) -> bytes:
     return b"" if normal == b"." else normal
 
 
-def log_command(journal_directory: Callable[[], Path]) -> click.Command:
-    """The verb `log`, reading the journal that `journal_directory` names when the command runs."""
-
-    @click.command("log")
-    @click.option("--since", default="beginning", metavar="CURSOR", help="EPOCH:SEQ, now or beginning (default).")
-    @click.option("--layer", "layers", multiple=True, metavar="NAME", help="Only this layer; may be repeated.")
-    @click.option("--path", metavar="PREFIX", help="Only changes of this path of a layer and of what is below it.")
-    @click.option("--type", "types", multiple=True, type=click.Choice(list(RECORD_TYPES)), help="May be repeated.")
-    @click.option("--follow", is_flag=True, help="Go on as the journal grows.")
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-    def log(
-        *, since: str, layers: tuple[str, ...], path: str | None, types: tuple[str, ...], follow: bool, as_json: bool
-    ) -> None:
-        """Print journal records in order."""
-        prefix = None if path is None else path_prefix(path)
-        run_log(
-            journal_directory(),
-            sys.stdout.buffer,
-            since=since,
-            filters=Filters(frozenset(layers), prefix, frozenset(types)),
-            follow=follow,
-            as_json=as_json,
-            encoding=sys.stdout.encoding,
-        )
-
-    return log
+@click.command("log")
+@click.option("--since", default="beginning", metavar="CURSOR", help="EPOCH:SEQ, now or beginning (default).")
+@click.option("--layer", "layers", multiple=True, metavar="NAME", help="Only this layer; may be repeated.")
+@click.option("--path", metavar="PREFIX", help="Only changes of this path of a layer and of what is below it.")
+@click.option("--type", "types", multiple=True, type=click.Choice(list(RECORD_TYPES)), help="May be repeated.")
+@click.option("--follow", is_flag=True, help="Go on as the journal grows.")
+@json_option
+@config_option
+def log(
+    *,
+    since: str,
+    layers: tuple[str, ...],
+    path: str | None,
+    types: tuple[str, ...],
+    follow: bool,
+    as_json: bool,
+    config_file: Path | None,
+) -> None:
+    """Print journal records in order. The daemon is not needed."""
+    prefix = None if path is None else path_prefix(path)
+    run_log(
+        load(config_file).config.state_directory / "journal",
+        sys.stdout.buffer,
+        since=since,
+        filters=Filters(frozenset(layers), prefix, frozenset(types)),
+        follow=follow,
+        as_json=as_json,
+        encoding=sys.stdout.encoding,
+    )

@@ -75,7 +75,8 @@ def stale_lines(mounts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         for entry in mount["stale"]:
             yield f"{point.rstrip('/')}/{path_of(entry).lstrip('/')}: {entry['kind']}{_held_by(entry)}"
         if not mount["stale"] and mount["state"] in INCOHERENT_STATES:
-            yield f"{point}: {mount['state']}"
+            reason = f": {printable(mount['reason'])}" if mount.get("reason") else ""
+            yield f"{point}: {mount['state']}{reason}"
 
 
 def mount_point_of(mount: Mapping[str, Any]) -> str:

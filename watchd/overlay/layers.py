@@ -122,9 +122,32 @@ def _first_fitting(overlay: Overlay, truth: _Truth, courier: Courier) -> Resolve
 def _stack_in(view: View, overlay: Overlay, truth: _Truth) -> ResolvedStack | None:
     """The stack as the calling thread sees it, None if the first layer does not fit."""
     first = next(iter([*_upper(overlay), *overlay.lowerdir]), b"")
-    if not _fits(first, truth):
-        return None
-    return _stack(overlay, functools.partial(look_up, view=view), proven=truth.handle is not None)
+    for base in _bases(overlay) if truth.handle is not None else [b""]:
+        if _fits(_absolute(first, base), truth):
+
+            def find(path: bytes, base: bytes = base) -> LayerDirectory:
+                return look_up(_absolute(path, base), view=view)
+
+            return _stack(overlay, find, proven=truth.handle is not None)
+    return None
+
+
+def _bases(overlay: Overlay) -> list[bytes]:
+    """Where relative layer paths may begin: nowhere if there are none, else in a directory above a mount point."""
+    paths = [*_upper(overlay), *overlay.lowerdir, *overlay.data_only]
+    if not paths or paths[0].startswith(b"/"):
+        return [b""]
+    bases = {}
+    for point in overlay.mount_points:
+        base = point.path
+        while base.strip(b"/"):
+            base = os.path.dirname(base)
+            bases[base] = None
+    return list(bases)
+
+
+def _absolute(path: bytes, base: bytes) -> bytes:
+    return os.path.join(base, path) if base else path
 
 
 def _fits(path: bytes, truth: _Truth) -> bool:

@@ -111,7 +111,7 @@ class Daemon:
         for number, handler in self._signals().items():
             self._loop.add_signal_handler(number, handler)
         tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
-        stop = asyncio.ensure_future(self._stop.wait())
+        stop: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.unit.journal.support import change, write
-from watchd.cli.log import Filters, log_command, path_prefix, run_log
+from watchd.cli.log import Filters, log, path_prefix, run_log
 from watchd.errors import JournalError, UsageError
 from watchd.journal.cursor import format_cursor
 from watchd.journal.reader import extent
@@ -30,6 +30,12 @@ RECORDS: list[Record] = [
 def directory(tmp_path: Path) -> Path:
     write(tmp_path / "journal", [RECORDS])
     return tmp_path / "journal"
+
+
+def configuration(directory: Path) -> list[str]:
+    file = directory.parent / "watchd.yaml"
+    file.write_text(f"state_directory: {directory.parent}\n")
+    return ["--config", str(file)]
 
 
 def shown(directory: Path, *, since: str = "beginning", filters: Filters | None = None) -> list[int]:
@@ -85,13 +91,13 @@ def test_follow_goes_on_where_the_journal_does(directory: Path) -> None:
 
 
 def test_the_verb_prints_a_line_a_record(directory: Path) -> None:
-    command = log_command(lambda: directory)
-    text = CliRunner().invoke(command, ["--path", "/etc", "--layer", "base", "--type", "change"])
+    config = configuration(directory)
+    text = CliRunner().invoke(log, [*config, "--path", "/etc", "--layer", "base", "--type", "change"])
     assert (text.exit_code, len(text.output.splitlines())) == (0, 2)
     assert "base  create etc/x" in text.output
-    as_json = CliRunner().invoke(command, ["--json"])
+    as_json = CliRunner().invoke(log, [*config, "--json"])
     assert json.loads(as_json.output.splitlines()[-1])["path_b64"] == "w7z/Cg=="
-    assert CliRunner().invoke(command, ["--type", "nonsense"]).exit_code == 2
+    assert CliRunner().invoke(log, [*config, "--type", "nonsense"]).exit_code == 2
 
 
 def test_a_terminal_that_cannot_show_a_name_gets_it_escaped(directory: Path) -> None:
@@ -101,5 +107,5 @@ def test_a_terminal_that_cannot_show_a_name_gets_it_escaped(directory: Path) -> 
 
 
 def test_no_journal_is_an_error_for_people(tmp_path: Path) -> None:
-    result = CliRunner().invoke(log_command(lambda: tmp_path), [])
+    result = CliRunner().invoke(log, configuration(tmp_path / "journal"))
     assert isinstance(result.exception, JournalError)
