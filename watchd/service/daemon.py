@@ -46,7 +46,7 @@ REFRESH_PAUSE_S = 0.05
 
 SYNC_TIMEOUT_S = 30.0
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long a busy thread keeps the interpreter from another one that was woken; Python's default of 5 ms would be most of
 the time that a repair takes."""
 
@@ -111,7 +111,7 @@ class Daemon:
         for number, handler in self._signals().items():
             self._loop.add_signal_handler(number, handler)
         tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
-        stop: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        stop = asyncio.create_task(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -119,7 +119,8 @@ class Daemon:
                 if task.done():
                     task.result()
         finally:
-            for task in (*tasks, stop):
+            stop.cancel()
+            for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
         if self._journal.failed.done():
@@ -182,6 +183,7 @@ class Daemon:
             self._loop.call_soon_threadsafe(self._record_round, round)
 
     def _record_round(self, round: Round) -> None:
+        self._layers.take_in()  # the changes that the round covers come first
         self._metrics.verification(round.result)
         if round.latency_ns is not None and round.result == "coherent":
             self._metrics.latency.observe(round.latency_ns / 1e9)

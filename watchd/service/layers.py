@@ -10,11 +10,12 @@ All methods run in the event loop's thread. What the workers tell arrives there 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,6 +104,7 @@ class LayerBook:
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
         self._routes: dict[str, tuple[str, ...]] = {}
+        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._numbers = itertools.count(1)
         self._sequences: dict[int, int] = {}
         self._tokens = itertools.count(1)
@@ -249,9 +251,20 @@ class LayerBook:
         """See `watchd.sources.worker.Sink`."""
         self._call(self._source_lost, worker, error)
 
+    def flush(self) -> None:
+        """See `watchd.sources.worker.Sink`."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near
+            self._loop.call_soon_threadsafe(self.take_in)
+
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
+        """Have something done in the loop's thread, in the order of the calls, at the next flush."""
+        self._inbox.append((function, arguments))
+
+    def take_in(self) -> None:
+        """Do what the workers have told so far."""
+        while self._inbox:
+            function, arguments = self._inbox.popleft()
+            function(*arguments)
 
     def _suspect(self, changes: Sequence[Change], number: int, read_ns: int) -> None:
         by_layer: dict[str, dict[bytes, Suspect]] = {}
