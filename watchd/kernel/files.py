@@ -7,6 +7,7 @@ Facts
 * name_to_handle_at with AT_HANDLE_FID (6.5; answered by every overlay since 6.6) gives the identity of the object that an
   overlay resolves to now (kernel source: fs/overlayfs/export.c). AT_HANDLE_FID has the value of AT_REMOVEDIR.
 * open_by_handle_at wants a mount_fd that is not O_PATH.
+* struct statx (include/uapi/linux/stat.h): stx_mask is the u32 at byte 0, stx_btime at byte 80 is s64 seconds, u32 nanoseconds.
 * setfsuid and setfsgid are per thread as raw system calls; a non-zero fsuid drops CAP_DAC_* for file access by itself.
 """
 
@@ -21,7 +22,7 @@ import threading
 
 import msgspec
 
-from watchd.kernel.libc import AT_EMPTY_PATH, function, system_call
+from watchd.kernel.libc import AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, function, system_call
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -38,18 +39,23 @@ O_PATH_NOFOLLOW = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 AT_HANDLE_FID = 0x200
 MAX_HANDLE_SZ = 128
 
+STATX_BTIME = 0x800
+STATX_LEN = 256
+
 _openat2 = system_call(437, "openat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _faccessat2 = system_call(439, "faccessat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
 _name_to_handle_at = function(
     "name_to_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int
 )
 _open_by_handle_at = function("open_by_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_statx = function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 _SETFSUID, _SETFSGID = {"x86_64": (122, 123), "aarch64": (151, 152)}.get(platform.machine(), (151, 152))
 _setfsuid = system_call(_SETFSUID, "setfsuid", ctypes.c_uint)
 _setfsgid = system_call(_SETFSGID, "setfsgid", ctypes.c_uint)
 
 _open_how = struct.Struct("=QQQ")
 _handle_header = struct.Struct("=Ii")
+_statx_btime = struct.Struct("=I76xqI")
 
 
 class FileHandle(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -103,6 +109,14 @@ def name_to_handle_at(dirfd: int, path: bytes = b"", *, flags: int = AT_EMPTY_PA
 def open_by_handle_at(mount_fd: int, handle: bytes, *, flags: int = os.O_PATH) -> int:
     """open_by_handle_at(2) of a packed struct file_handle; returns an owned descriptor. Raises OSError (ESTALE: gone)."""
     return _open_by_handle_at(mount_fd, handle, flags | os.O_CLOEXEC)
+
+
+def statx_btime(dirfd: int, path: bytes) -> int | None:
+    """When the object was created, nanoseconds since the epoch; None if its filesystem does not tell. Raises OSError."""
+    buffer = ctypes.create_string_buffer(STATX_LEN)
+    _statx(dirfd, path, AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH), STATX_BTIME, buffer)
+    mask, seconds, nanoseconds = _statx_btime.unpack_from(buffer)
+    return seconds * 1_000_000_000 + nanoseconds if mask & STATX_BTIME else None
 
 
 def setfsuid(uid: int) -> int:
