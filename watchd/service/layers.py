@@ -200,7 +200,7 @@ class LayerBook:
                 unlimited_queue=self.settings.queue == "unlimited",
             )
         if backend == "inotify":
-            return InotifySource(barrier_directory=barrier)
+            return InotifySource(barrier_directory=barrier, content=self.settings.content)
         raise UnsupportedError(
             f"the backend {backend} is not part of this version", remedy="choose fanotify or inotify"
         )
