@@ -147,7 +147,10 @@ class InotifySource:
     backend = "inotify"
 
     def __init__(self, *, barrier_directory: bytes | None = None, content: bool = True) -> None:
-        """`content`: in-place writes too. Raises LayerError when there is no instance to be had, OSError when the barrier directory cannot be watched."""
+        """`content`: in-place writes too.
+
+        Raises LayerError when there is no instance to be had, OSError when the barrier directory cannot be watched.
+        """
         self._instance = Instance()
         self._mask = _DIRECTORY_MASK if content else _DIRECTORY_MASK & ~_CONTENT_MASK
         self._layer: WatchedLayer | None = None
