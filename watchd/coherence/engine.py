@@ -13,15 +13,16 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.target import Target
-from watchd.coherence.view import Stale, Suspect, View
+from watchd.coherence.view import Stale, View
 from watchd.errors import WatchdError
+from watchd.records import Kind
 
 SUSPECTS_MAX = 100_000
 """Beyond so many suspects a mount is invalidated without looking at each of them first; counted as `flooded`."""
@@ -36,6 +37,14 @@ comparison makes it seem stale; both are over at the second attempt."""
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
 _NEVER = 1 << 63
+
+ANYTHING = sum(Kind)
+"""`Kind` bits of a path of which nothing is known."""
+
+INLINE_SUSPECTS_MAX = 64
+INLINE_DURATION_MAX_NS = 2_000_000
+"""Few suspects of a single mount on plain local filesystems, whose last invalidation was quick, are worked on in the thread
+that tells of them: waking another one takes as long as the whole round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class MountState:
 @dataclass(eq=False)
 class _Mount:
     target: Target
-    suspects: dict[bytes, Suspect] = field(default_factory=dict)
+    suspects: dict[bytes, int] = field(default_factory=dict)
     must_act: bool = False
     upto: int = 0
     oldest_ns: int | None = None
@@ -88,6 +97,7 @@ class _Mount:
     busy: bool = False
     queued: bool = False
     not_before_ns: int = 0
+    last_duration_ns: int = 0
     recheck_ns: int = RECHECK_FIRST_NS
     recheck_at_ns: int = _NEVER
     stale: tuple[Stale, ...] = ()
@@ -100,7 +110,7 @@ class _Mount:
 class _Task:
     """What one round takes from a mount."""
 
-    suspects: dict[bytes, Suspect]
+    suspects: dict[bytes, int]
     must_act: bool
     upto: int
     oldest_ns: int | None
@@ -146,17 +156,25 @@ class Engine:
                 mount.removed = True
                 self._condition.notify_all()
 
-    def suspect(self, devices: Iterable[str], suspects: Mapping[bytes, Suspect], *, number: int, read_ns: int) -> None:
-        """These paths of these mounts may have become stale; `number` is of the batch that tells, read at `read_ns`."""
+    def suspect(
+        self, devices: Sequence[str], suspects: Mapping[bytes, int], *, number: int, read_ns: int
+    ) -> Round | None:
+        """These paths (with `Kind` bits) of these mounts may have become stale; `number` is of the batch that tells, read at
+        `read_ns`. Returns the round if it was worked on at once, which the observer is then not told of."""
         with self._condition:
-            for device in devices:
-                mount = self._mounts.get(device)
-                if mount is None:
-                    continue
+            mounts = [mount for device in devices if (mount := self._mounts.get(device))]
+            for mount in mounts:
                 self._gather(mount, suspects)
                 mount.upto = max(mount.upto, number)
                 mount.oldest_ns = read_ns if mount.oldest_ns is None else min(mount.oldest_ns, read_ns)
-                self._ask(mount)
+            if len(mounts) != 1 or not self._is_quick(mounts[0]):
+                for mount in mounts:
+                    self._ask(mount)
+                return None
+            mount = mounts[0]
+            mount.rounds_asked += 1
+            task = self._take(mount)
+        return self._round(mount, task)
 
     def doubt(self, devices: Iterable[str]) -> None:
         """Anything in these mounts may have become stale, for instance because events were lost."""
@@ -203,18 +221,15 @@ class Engine:
             thread.join()
         self._handles.expire()
 
-    def _gather(self, mount: _Mount, suspects: Mapping[bytes, Suspect]) -> None:
+    def _gather(self, mount: _Mount, suspects: Mapping[bytes, int]) -> None:
         if len(mount.suspects) + len(suspects) > SUSPECTS_MAX:
             mount.suspects.clear()
             mount.must_act = True
             self.flooded += 1
             return
         gathered = mount.suspects
-        for path, suspect in suspects.items():
-            known = gathered.get(path)
-            gathered[path] = (
-                suspect if known is None else Suspect(known.kinds | suspect.kinds, known.is_dir or suspect.is_dir)
-            )
+        for path, kinds in suspects.items():
+            gathered[path] = gathered.get(path, 0) | kinds
 
     def _ask(self, mount: _Mount) -> None:
         """Have a round on this mount as soon as its budget allows."""
@@ -235,10 +250,24 @@ class Engine:
                 if mount is None:
                     return
                 task = self._take(mount)
-            outcome = self._work(mount, task)
-            self._observer.round(outcome[0])
-            with self._condition:
-                self._finish(mount, task, *outcome)
+            self._observer.round(self._round(mount, task))
+
+    def _round(self, mount: _Mount, task: _Task) -> Round:
+        round, stale = self._work(mount, task)
+        with self._condition:
+            self._finish(mount, task, round, stale)
+        return round
+
+    def _is_quick(self, mount: _Mount) -> bool:
+        """Whether a round is short and waits for nobody."""
+        return (
+            not mount.busy
+            and not mount.queued
+            and mount.not_before_ns <= time.monotonic_ns()
+            and len(mount.suspects) <= INLINE_SUSPECTS_MAX
+            and mount.last_duration_ns <= INLINE_DURATION_MAX_NS
+            and all(layer.cache_tells for layer in mount.target.layers)
+        )
 
     def _next(self) -> _Mount | None:
         """Wait for a mount that is due; None when stopping."""
@@ -271,7 +300,7 @@ class Engine:
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
         for stale in mount.stale:
-            task.suspects.setdefault(stale.path, Suspect(~0, True))
+            task.suspects[stale.path] = ANYTHING
         return task
 
     def _finish(self, mount: _Mount, task: _Task, round: Round, stale: tuple[Stale, ...]) -> None:
@@ -280,6 +309,7 @@ class Engine:
         mount.stale, mount.error = stale, round.error
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
+            mount.last_duration_ns = round.duration_ns
             pause = round.duration_ns / mount.target.budget - round.duration_ns
             mount.not_before_ns = time.monotonic_ns() + int(pause)
         if mount.rounds_asked > task.asked:
@@ -308,7 +338,7 @@ class Engine:
 def work(
     target: Target,
     handles: Handles,
-    suspects: Mapping[bytes, Suspect],
+    suspects: Mapping[bytes, int],
     *,
     must_act: bool,
     upto: int = 0,
@@ -332,7 +362,7 @@ def work(
     return Round(target, method, result, len(before), len(stale), duration_ns, upto, latency), stale
 
 
-def _some(view: View, suspects: Mapping[bytes, Suspect], *, must_act: bool, target: Target) -> tuple[Stale, ...]:
+def _some(view: View, suspects: Mapping[bytes, int], *, must_act: bool, target: Target) -> tuple[Stale, ...]:
     """What is stale before anything is done; not asked where it makes no difference."""
     if must_act and not target.observe:
         return ()

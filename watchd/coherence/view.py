@@ -23,7 +23,6 @@ import os
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from watchd.coherence.access import access_differs
 from watchd.coherence.handles import Handles
@@ -51,13 +50,6 @@ UNCACHED = -1
 NEGATIVE = -2
 
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-
-class Suspect(NamedTuple):
-    """Why a path may be stale."""
-
-    kinds: int
-    is_dir: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +87,11 @@ class View:
             self._stack.callback(self._union.close)
         return self._union
 
-    def stale(self, suspects: Mapping[bytes, Suspect], *, acted: bool) -> Iterator[Stale]:
-        """The stale ones among the suspects. Before an action (`acted` false) also those that may be stale in a way that
-        cannot be seen from outside. Raises LayerError, OSError."""
+    def stale(self, suspects: Mapping[bytes, int], *, acted: bool) -> Iterator[Stale]:
+        """The stale ones among the suspects (path -> `Kind` bits). Raises LayerError, OSError.
+
+        Before an action (`acted` false) also those that may be stale in a way that cannot be seen from outside.
+        """
         cached: dict[bytes, bool] = {b"": True}
         ask_directories = self._cache_tells and len(suspects) > FEW
         for path in sorted(suspects):
@@ -107,8 +101,8 @@ class View:
             if kind is not None:
                 yield Stale(path, kind)
 
-    def cached_names(self) -> Generator[tuple[bytes, Suspect], None, None]:
-        """Every name that the layers have and that the merged mount has cached, as a suspect; uncached subtrees are skipped."""
+    def cached_names(self) -> Generator[tuple[bytes, int], None, None]:
+        """Every name that the layers have and that the merged mount has cached, as suspects; uncached subtrees are skipped."""
         pending = [b""]
         while pending:
             directory = pending.pop()
@@ -121,7 +115,7 @@ class View:
                     os.close(descriptor)
                     if is_dir:
                         pending.append(path)
-                yield path, Suspect(int(Kind.ATTRIB | Kind.CREATE), is_dir)
+                yield path, int(Kind.ATTRIB | Kind.CREATE)
 
     def _is_cached(self, directory: bytes, cached: dict[bytes, bool]) -> bool:
         """Whether a directory is in the merged mount's cache, going down from the root with a memory of the answers."""
@@ -151,7 +145,7 @@ class View:
                     raise
         return UNCACHED
 
-    def _judge(self, path: bytes, suspect: Suspect, *, acted: bool) -> str | None:
+    def _judge(self, path: bytes, kinds: int, *, acted: bool) -> str | None:
         descriptor = self._cached(path)
         if descriptor == UNCACHED:
             return None
@@ -161,24 +155,22 @@ class View:
             expected = self.union.lookup(path)
             if expected is None:
                 return "ghost"
-            return self._judge_object(path, descriptor, expected, suspect, acted=acted)
+            return self._judge_object(path, descriptor, expected, kinds, acted=acted)
         finally:
             os.close(descriptor)
 
-    def _judge_object(
-        self, path: bytes, descriptor: int, expected: Entry, suspect: Suspect, *, acted: bool
-    ) -> str | None:
+    def _judge_object(self, path: bytes, descriptor: int, expected: Entry, kinds: int, *, acted: bool) -> str | None:
         identity = _identity(descriptor)
         same = self._looks_same(path, descriptor) if identity is None else identity == expected.handle
         if not same:
             return "replaced"
-        if expected.is_dir and suspect.kinds & STRUCTURE and len(self._target.layers) > 1:
+        if expected.is_dir and kinds & STRUCTURE and len(self._target.layers) > 1:
             # The handle names the topmost directory only; those below it may be others than the cached ones.
             if not acted:
                 return "listing"
             if self._lists_otherwise(path, descriptor):
                 return "listing"
-        if suspect.kinds & Kind.ATTRIB:
+        if kinds & Kind.ATTRIB:
             if not acted:
                 return "permission"  # a stale setuid bit shows at execve only, so nobody is asked
             if self._grants_otherwise(path, descriptor):

@@ -87,6 +87,7 @@ class Daemon:
             settings=config.sources,
             barrier_directory=preflight.barrier_directory(config.runtime_directory),
             names=names,
+            on_round=self._record_round,
         )
         self._mounts = MountBook(config, layers=self._layers, engine=self._engine, metrics=self._metrics, names=names)
         stack.push_async_callback(self._mounts.close)
@@ -180,10 +181,13 @@ class Daemon:
     def round(self, round: Round) -> None:
         """See `watchd.coherence.engine.Observer`; called in the engine's threads."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near and the journal with it
-            self._loop.call_soon_threadsafe(self._record_round, round)
+            self._loop.call_soon_threadsafe(self._take_in_round, round)
+
+    def _take_in_round(self, round: Round) -> None:
+        self._layers.take_in()  # the changes that the round covers come first
+        self._record_round(round)
 
     def _record_round(self, round: Round) -> None:
-        self._layers.take_in()  # the changes that the round covers come first
         self._metrics.verification(round.result)
         if round.latency_ns is not None and round.result == "coherent":
             self._metrics.latency.observe(round.latency_ns / 1e9)

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from watchd.coherence.engine import Engine
-from watchd.coherence.view import STRUCTURE, Suspect
+from watchd.coherence.engine import ANYTHING, Engine, Round
 from watchd.config.schema import Sources
 from watchd.errors import LayerError, UnsupportedError, WatchdError
 from watchd.journal.format import LayerMark
@@ -32,7 +31,7 @@ from watchd.metrics import Metrics
 from watchd.overlay.model import LayerDirectory
 from watchd.records import Change, Desync, Kind, Resync, Via
 from watchd.service.names import NameBook
-from watchd.sources.base import Batch, MovedIn, Source, WatchedLayer
+from watchd.sources.base import Batch, MovedIn, Source, Suspects, WatchedLayer
 from watchd.sources.fanotify import FanotifySource
 from watchd.sources.inotify import InotifySource
 from watchd.sources.scan import changed_since, everything_below
@@ -94,11 +93,13 @@ class LayerBook:
         settings: Sources,
         barrier_directory: Path,
         names: NameBook,
+        on_round: Callable[[Round], None],
     ) -> None:
+        """`on_round` is told, in the loop's thread, of rounds that were worked on while their changes were collected."""
         self.settings = settings
         self.layers: dict[Key, Layer] = {}
         self._journal, self._engine, self._metrics = journal, engine, metrics
-        self._names = names
+        self._names, self._on_round = names, on_round
         self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
@@ -239,9 +240,14 @@ class LayerBook:
         if batch.overflow:
             self._call(self._overflowed, worker)
         number = next(self._numbers)
+        suspects = suspects_of(batch.changes) if batch.suspects is None else batch.suspects
+        rounds = self._suspect(suspects, number, batch.read_ns)
+        if batch.look is not None:
+            batch.changes += batch.look()
         if batch.changes or batch.complete_ns:
             self._call(self._record, number, worker, batch)
-        self._suspect(batch.changes, number, batch.read_ns)
+        for round in rounds:
+            self._call(self._on_round, round)
         for moved in batch.moved_in:
             self._call(self._scan_moved_in, worker, moved)
         if batch.barriers:
@@ -266,18 +272,14 @@ class LayerBook:
             function, arguments = self._inbox.popleft()
             function(*arguments)
 
-    def _suspect(self, changes: Sequence[Change], number: int, read_ns: int) -> None:
-        by_layer: dict[str, dict[bytes, Suspect]] = {}
-        for change in changes:
-            kinds = change.kinds
-            if change.via == Via.SCAN:
-                kinds |= STRUCTURE | Kind.ATTRIB  # a scan sees the result only
-            elif kinds == Kind.MODIFY:
-                continue  # written in place: reads go to the real file
-            by_layer.setdefault(change.layer, {})[change.path] = Suspect(kinds, change.is_dir)
-        for name, suspects in by_layer.items():
-            if devices := self._routes.get(name):
-                self._engine.suspect(devices, suspects, number=number, read_ns=read_ns)
+    def _suspect(self, suspects: Suspects, number: int, read_ns: int) -> list[Round]:
+        """Tell the engine; returns the rounds that it worked on at once."""
+        rounds = []
+        for name, paths in suspects.items():
+            devices = self._routes.get(name)
+            if devices and paths and (round := self._engine.suspect(devices, paths, number=number, read_ns=read_ns)):
+                rounds.append(round)
+        return rounds
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
@@ -363,7 +365,8 @@ class LayerBook:
         """A slice of a scan; in the worker's thread."""
         number = next(self._numbers)
         self._call(self._record_found, layer, number, changes)
-        self._suspect(changes, number, time.monotonic_ns())
+        for round in self._suspect(suspects_of(changes), number, time.monotonic_ns()):
+            self._call(self._on_round, round)
 
     def _record_found(self, layer: Layer, number: int, changes: list[Change]) -> None:
         layer.differences += len(changes)
@@ -433,6 +436,16 @@ class LayerBook:
 
     def _layers_of(self, worker: Worker) -> list[Layer]:
         return [layer for layer in self.layers.values() if layer.worker is worker]
+
+
+def suspects_of(changes: Sequence[Change]) -> Suspects:
+    """What may be stale because of these changes. What was only written in place is not: reads go to the real file."""
+    suspects: dict[str, dict[bytes, int]] = {}
+    for change in changes:
+        kinds = ANYTHING if change.via == Via.SCAN else change.kinds  # a scan sees the result only
+        if kinds != Kind.MODIFY:
+            suspects.setdefault(change.layer, {})[change.path] = kinds
+    return suspects
 
 
 def key_of(directory: LayerDirectory) -> Key:

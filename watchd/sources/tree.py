@@ -23,6 +23,9 @@ from watchd.sources.look import Place
 NODES_MAX = 131_072
 """Directories remembered; about 200 bytes each. At the bound all are forgotten and learned again as they are met."""
 
+PLACES_MAX = 4096
+"""Paths remembered; a batch may add to them until it ends."""
+
 _DELETED = b" (deleted)"
 _PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -61,10 +64,12 @@ class DirectoryTree:
         self._places.clear()
 
     def begin(self) -> None:
-        """A new batch begins: places are remembered for its length only, and the bound is kept."""
-        self._places.clear()
+        """A new batch begins: keep the bounds."""
+        if len(self._places) >= PLACES_MAX:
+            self._places.clear()
         if len(self._nodes) >= NODES_MAX:
             self._nodes.clear()
+            self._places.clear()
             self.forgotten += 1
 
     def places(self, handle: bytes) -> tuple[Place, ...]:

@@ -33,7 +33,7 @@ the repair: when nothing came for FLUSH_MS, or FLUSH_MAX_NS after the first of t
 
 GATHER_RECORDS = 2000
 GATHER_MS = 5
-"""After a batch of so many changes the next read waits a little, so that the kernel merges more into each record."""
+"""After a batch of so many names the next read waits a little, so that the kernel merges more into each record."""
 
 T = TypeVar("T")
 _INT = struct.Struct("=i")
@@ -179,7 +179,7 @@ class Worker(threading.Thread):
         self._unflushed_ns = self._unflushed_ns or now_ns
         if batch.barriers or now_ns - self._unflushed_ns > FLUSH_MAX_NS:
             self._flush()
-        if len(batch.changes) >= GATHER_RECORDS and not batch.barriers:
+        if sum(batch.records.values()) >= GATHER_RECORDS and not batch.barriers:
             select.select([self._wake], [], [], GATHER_MS / 1000)
 
     def _guard(self, step: Callable[[], None]) -> None:
