@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from watchd.coherence.target import LayerRoot
@@ -34,37 +32,33 @@ class Handles:
         self._lock = threading.Lock()
         self._held: dict[object, _Held] = {}
 
-    @contextmanager
-    def borrow(self, layer: LayerRoot) -> Iterator[int]:
-        """The layer's root directory, not to be closed. Raises LayerError."""
-        held = self._take(layer)
-        try:
-            yield held.descriptor
-        finally:
-            with self._lock:
-                held.users -= 1
-                held.used_ns = time.monotonic_ns()
+    def borrow(self, layer: LayerRoot) -> int:
+        """The layer's root directory, not to be closed but to be given back. Raises LayerError."""
+        with self._lock:
+            if held := self._held.get(layer.key):
+                held.users += 1
+                return held.descriptor
+        opened = _Held(layer.open())  # outside of the lock: it may wait for a filesystem
+        with self._lock:
+            held = self._held.setdefault(layer.key, opened)
+            held.users += 1
+        if held is not opened:
+            os.close(opened.descriptor)
+        return held.descriptor
+
+    def give_back(self, layer: LayerRoot) -> None:
+        """The borrower is done with it."""
+        with self._lock:
+            held = self._held[layer.key]
+            held.users -= 1
+            held.used_ns = time.monotonic_ns()
 
     def expire(self, *, now_ns: int | None = None) -> int | None:
         """Close what was not used for LINGER_NS (everything unused without `now_ns`); returns when to come again."""
         with self._lock:
-            rest = [held.used_ns for held in self._held.values() if now_ns and held.used_ns + LINGER_NS > now_ns]
-            old = [key for key, held in self._held.items() if not held.users and held.used_ns not in rest]
-            descriptors = [self._held.pop(key).descriptor for key in old]
+            unused = [(key, held.used_ns + LINGER_NS) for key, held in self._held.items() if not held.users]
+            later = [due_ns for _, due_ns in unused if now_ns is not None and due_ns > now_ns]
+            descriptors = [self._held.pop(key).descriptor for key, due_ns in unused if due_ns not in later]
         for descriptor in descriptors:
             os.close(descriptor)
-        return min(rest) + LINGER_NS if rest else None
-
-    def _take(self, layer: LayerRoot) -> _Held:
-        with self._lock:
-            if held := self._held.get(layer.key):
-                held.users += 1
-                return held
-        opened = _Held(layer.open(), users=1)  # outside of the lock: it may wait for a filesystem
-        with self._lock:
-            held = self._held.setdefault(layer.key, opened)
-            if held is not opened:
-                held.users += 1
-        if held is not opened:
-            os.close(opened.descriptor)
-        return held
+        return min(later, default=None)

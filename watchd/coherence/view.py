@@ -17,26 +17,25 @@ Facts
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from watchd.coherence.access import access_differs
 from watchd.coherence.handles import Handles
-from watchd.coherence.target import Target
+from watchd.coherence.target import LayerRoot, Target
 from watchd.errors import WireError
 from watchd.kernel.files import (
     AT_EMPTY_PATH,
     AT_HANDLE_FID,
     CONFINED,
-    O_PATH_NOFOLLOW,
     RESOLVE_CACHED,
     FileHandle,
     name_to_handle_at,
-    openat2,
+    try_openat2,
 )
 from watchd.overlay.union import Entry, Union
 from watchd.records import Kind
@@ -49,11 +48,10 @@ FEW = 4
 UNCACHED = -1
 NEGATIVE = -2
 
-_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 
-@dataclass(frozen=True, slots=True)
-class Stale:
+class Stale(msgspec.Struct, frozen=True, gc=False):
     """A name whose merged view is wrong. `kind` is missing, ghost, replaced, permission or listing."""
 
     path: bytes
@@ -66,25 +64,30 @@ class View:
     def __init__(self, target: Target, handles: Handles) -> None:
         """Raises MountError."""
         self._target, self._handles = target, handles
-        self._stack = contextlib.ExitStack()
-        self.merged = target.open()
-        self._stack.callback(os.close, self.merged)
+        self._borrowed: list[LayerRoot] = []
         self._union: Union | None = None
+        self.merged = target.open()
         self._cache_tells = all(layer.cache_tells for layer in target.layers)
 
     def __enter__(self) -> View:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self._union is not None:
+            self._union.close()
+        for layer in self._borrowed:
+            self._handles.give_back(layer)
+        os.close(self.merged)
 
     @property
     def union(self) -> Union:
         """The layers, opened when first asked for. Raises LayerError."""
         if self._union is None:
-            roots = [self._stack.enter_context(self._handles.borrow(layer)) for layer in self._target.layers]
+            roots = []
+            for layer in self._target.layers:
+                roots.append(self._handles.borrow(layer))
+                self._borrowed.append(layer)
             self._union = Union(roots, userxattr=self._target.userxattr)
-            self._stack.callback(self._union.close)
         return self._union
 
     def stale(self, suspects: Mapping[bytes, int], *, acted: bool) -> Iterator[Stale]:
@@ -134,15 +137,13 @@ class View:
         """An owned descriptor of a cached object, or UNCACHED, or NEGATIVE. Raises OSError."""
         resolve = CONFINED | (RESOLVE_CACHED if self._cache_tells else 0)
         for _ in range(2):  # a rename elsewhere in the dentry hash can make a lockless lookup miss once
-            try:
-                return openat2(self.merged, path or b".", flags=O_PATH_NOFOLLOW, resolve=resolve)
-            except OSError as error:
-                if error.errno in _NOTHING_THERE:
-                    return NEGATIVE
-                if error.errno == errno.ESTALE:
-                    return NEGATIVE
-                if error.errno != errno.EAGAIN:
-                    raise
+            descriptor = try_openat2(self.merged, path or b".", resolve=resolve)
+            if descriptor >= 0:
+                return descriptor
+            if -descriptor in _NOTHING_THERE:
+                return NEGATIVE
+            if descriptor != -errno.EAGAIN:
+                raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(path))
         return UNCACHED
 
     def _judge(self, path: bytes, kinds: int, *, acted: bool) -> str | None:

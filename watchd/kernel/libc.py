@@ -45,6 +45,20 @@ def function(name: str, *argtypes: Any, restype: Any = ctypes.c_int) -> Callable
     return call
 
 
+def quiet_system_call(number: int, *argtypes: Any) -> Callable[..., int]:
+    """Like `system_call`, for where failure is an everyday answer: the result is -errno instead of an exception."""
+    entry = ctypes.CDLL(None, use_errno=True)["syscall"]
+    entry.argtypes = (ctypes.c_long, *argtypes)
+    entry.restype = ctypes.c_long
+    get_errno = ctypes.get_errno
+
+    def call(*arguments: Any) -> int:
+        result = entry(number, *arguments)
+        return result if result >= 0 else -get_errno()
+
+    return call
+
+
 def system_call(number: int, name: str, *argtypes: Any) -> Callable[..., int]:
     """Bind a system call that libc has no wrapper for; otherwise like `function`."""
     # A fresh function object per call number: argtypes belong to the object, and sharing one would be a race of threads.

@@ -22,10 +22,11 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, name_to_handle_at, openat2
+from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, name_to_handle_at, try_openat2
 
 _OPEN_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
+_NOTHING = (errno.ENOENT, errno.ESTALE)
+_ABSENT = (*_NOTHING, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +139,13 @@ class Union:
             keep += 1
         while len(self._chain) > keep + 1:
             self._chain.pop().close()
-        for name in names[keep:]:
-            self._chain.append(self._descend(self._chain[-1], name))
+        while keep < len(names):
+            parent = self._chain[-1]
+            # Where one layer is left, nothing can hide or redirect what is below, and one step goes all the way.
+            alone = len(parent.members) == 1 and parent.members[0].layer == len(self._roots) - 1
+            name = b"/".join(names[keep:]) if alone else names[keep]
+            self._chain.append(self._descend(parent, name))
+            keep = len(names) if alone else keep + 1
         return self._chain[-1].members
 
     def _open_root(self) -> _Directory:
@@ -152,11 +158,13 @@ class Union:
             base, relative = member.descriptor, name_below
             if name_below.startswith(b"/"):
                 base, relative = self._roots[member.layer], name_below.strip(b"/")
-            descriptor = self._open_member(base, relative)
-            if descriptor is None:
-                continue
+            descriptor = try_openat2(base, relative, flags=_OPEN_DIRECTORY)
             if descriptor < 0:
-                break
+                if -descriptor in _NOTHING:
+                    continue
+                if -descriptor in _ABSENT:
+                    break  # not a directory, a whiteout among others: what is below is hidden
+                raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(relative))
             directory.members.append(_Member(member.layer, descriptor))
             if member.layer == len(self._roots) - 1:
                 break
@@ -166,18 +174,6 @@ class Union:
             if "redirect" in marks:
                 name_below = self._xattr(descriptor, "redirect") or name_below
         return directory
-
-    def _open_member(self, base: int, relative: bytes) -> int | None:
-        """A layer's part of a directory: its descriptor, None where it has nothing there, -1 where the search ends."""
-        try:
-            descriptor = openat2(base, relative, flags=_OPEN_DIRECTORY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
-                return None
-            if error.errno in _ABSENT:
-                return -1  # not a directory, a whiteout among others: what is below is hidden
-            raise
-        return descriptor
 
     def _is_whiteout(self, status: os.stat_result, member: _Member, name: bytes) -> bool:
         if stat.S_ISCHR(status.st_mode):
@@ -203,12 +199,12 @@ class Union:
 
 
 def _open(directory: int, name: bytes) -> int | None:
-    try:
-        return openat2(directory, name)
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return None
-        raise
+    descriptor = try_openat2(directory, name)
+    if descriptor >= 0:
+        return descriptor
+    if -descriptor in _ABSENT:
+        return None
+    raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(name))
 
 
 def _scan(directory: int) -> list[tuple[bytes, os.stat_result]]:
