@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import click
@@ -30,7 +29,6 @@ Next: `make run` keeps the overlays of this host true, `.venv/bin/watchd status`
 
 def main() -> int:
     """Exit status 0 if every case went as promised, pinned ones being promised a report."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it tidies up as after control-C
     try:
         return _tell(list(_play_all()))
     except (WatchdError, OSError) as error:
