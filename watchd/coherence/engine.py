@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale, Suspect, View
@@ -117,6 +118,7 @@ class Engine:
         self._delayed: list[tuple[int, int, _Mount]] = []
         self._tie = itertools.count()
         self._stopping = False
+        self._handles = Handles()
         self.flooded = 0
         self._threads = [
             threading.Thread(target=self._run, name=f"coherence-{number}", daemon=True) for number in range(threads)
@@ -199,6 +201,7 @@ class Engine:
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
+        self._handles.expire()
 
     def _gather(self, mount: _Mount, suspects: Mapping[bytes, Suspect]) -> None:
         if len(mount.suspects) + len(suspects) > SUSPECTS_MAX:
@@ -253,8 +256,15 @@ class Engine:
                 mount = self._ready.popleft()
                 if not mount.removed:
                     return mount
-            self._condition.wait((self._delayed[0][0] - now) / 1e9 if self._delayed else None)
+            self._rest(now)
         return None
+
+    def _rest(self, now: int) -> None:
+        """Wait for something to become due; layers that were used are let go meanwhile."""
+        expiry = self._handles.expire(now_ns=now)
+        due = [self._delayed[0][0]] if self._delayed else []
+        due += [expiry] if expiry else []
+        self._condition.wait((min(due) - now) / 1e9 if due else None)
 
     def _take(self, mount: _Mount) -> _Task:
         task = _Task(mount.suspects, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
@@ -286,7 +296,9 @@ class Engine:
     def _work(self, mount: _Mount, task: _Task) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
         try:
-            return work(target, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns)
+            return work(
+                target, self._handles, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns
+            )
         except (WatchdError, OSError) as error:
             known = mount.stale
             failed = Round(target, None, "failed", len(known), len(known), 0, task.upto, None, str(error))
@@ -294,10 +306,16 @@ class Engine:
 
 
 def work(
-    target: Target, suspects: Mapping[bytes, Suspect], *, must_act: bool, upto: int = 0, oldest_ns: int | None = None
+    target: Target,
+    handles: Handles,
+    suspects: Mapping[bytes, Suspect],
+    *,
+    must_act: bool,
+    upto: int = 0,
+    oldest_ns: int | None = None,
 ) -> tuple[Round, tuple[Stale, ...]]:
     """One round on one mount: verify, act if something is stale, verify again. Raises MountError, LayerError, OSError."""
-    with View(target) as view:
+    with View(target, handles) as view:
         before = _some(view, suspects, must_act=must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from watchd.coherence.access import access_differs
+from watchd.coherence.handles import Handles
 from watchd.coherence.target import Target
 from watchd.errors import WireError
 from watchd.kernel.files import (
@@ -43,6 +44,9 @@ from watchd.records import Kind
 from watchd.wire.handles import parse_overlay_handle
 
 STRUCTURE = int(Kind.CREATE | Kind.DELETE | Kind.RENAME)
+FEW = 4
+"""Up to so many suspects their directories are not asked for first."""
+
 UNCACHED = -1
 NEGATIVE = -2
 
@@ -67,9 +71,9 @@ class Stale:
 class View:
     """A merged mount and its layers, open for the length of one piece of work."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, handles: Handles) -> None:
         """Raises MountError."""
-        self._target = target
+        self._target, self._handles = target, handles
         self._stack = contextlib.ExitStack()
         self.merged = target.open()
         self._stack.callback(os.close, self.merged)
@@ -86,10 +90,7 @@ class View:
     def union(self) -> Union:
         """The layers, opened when first asked for. Raises LayerError."""
         if self._union is None:
-            roots = []
-            for layer in self._target.layers:
-                roots.append(layer.open())
-                self._stack.callback(os.close, roots[-1])
+            roots = [self._stack.enter_context(self._handles.borrow(layer)) for layer in self._target.layers]
             self._union = Union(roots, userxattr=self._target.userxattr)
             self._stack.callback(self._union.close)
         return self._union
@@ -98,8 +99,9 @@ class View:
         """The stale ones among the suspects. Before an action (`acted` false) also those that may be stale in a way that
         cannot be seen from outside. Raises LayerError, OSError."""
         cached: dict[bytes, bool] = {b"": True}
+        ask_directories = self._cache_tells and len(suspects) > FEW
         for path in sorted(suspects):
-            if self._cache_tells and not self._is_cached(path.rpartition(b"/")[0], cached):
+            if ask_directories and not self._is_cached(path.rpartition(b"/")[0], cached):
                 continue
             kind = self._judge(path, suspects[path], acted=acted)
             if kind is not None:
@@ -154,7 +156,7 @@ class View:
         if descriptor == UNCACHED:
             return None
         if descriptor == NEGATIVE:
-            return "missing" if self.union.lookup(path) is not None else None
+            return "missing" if self.union.exists(path) else None
         try:
             expected = self.union.lookup(path)
             if expected is None:

@@ -44,7 +44,6 @@ class _Member:
 
     layer: int
     descriptor: int
-    xwhiteouts: bool
 
 
 @dataclass(slots=True)
@@ -53,8 +52,10 @@ class _Directory:
     members: list[_Member] = field(default_factory=list)
 
     def close(self) -> None:
-        while self.members:
-            os.close(self.members.pop().descriptor)
+        if self.name:  # the root's are borrowed
+            for member in self.members:
+                os.close(member.descriptor)
+        self.members.clear()
 
 
 class Union:
@@ -82,6 +83,10 @@ class Union:
             return Entry(found[0], name_to_handle_at(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
         finally:
             os.close(descriptor)
+
+    def exists(self, path: bytes) -> bool:
+        """Whether the layers provide anything at `path`. Raises OSError."""
+        return self._locate(path) is not None
 
     def open(self, path: bytes) -> int | None:
         """An owned O_PATH descriptor of the object that `lookup` describes."""
@@ -138,11 +143,7 @@ class Union:
         return self._chain[-1].members
 
     def _open_root(self) -> _Directory:
-        directory = _Directory(b"")
-        for layer, root in enumerate(self._roots):
-            descriptor = os.open(b".", _OPEN_DIRECTORY, dir_fd=root)
-            directory.members.append(_Member(layer, descriptor, self._xattr(descriptor, "opaque") == b"x"))
-        return directory
+        return _Directory(b"", [_Member(layer, root) for layer, root in enumerate(self._roots)])
 
     def _descend(self, parent: _Directory, name: bytes) -> _Directory:
         directory = _Directory(name)
@@ -156,12 +157,14 @@ class Union:
                 continue
             if descriptor < 0:
                 break
-            opaque = self._xattr(descriptor, "opaque") if member.layer < len(self._roots) - 1 else b""
-            directory.members.append(_Member(member.layer, descriptor, opaque == b"x"))
-            if opaque == b"y":
+            directory.members.append(_Member(member.layer, descriptor))
+            if member.layer == len(self._roots) - 1:
                 break
-            redirect = self._xattr(descriptor, "redirect") if member.layer < len(self._roots) - 1 else b""
-            name_below = redirect or name_below
+            marks = self._marks(descriptor)
+            if "opaque" in marks and self._xattr(descriptor, "opaque") == b"y":
+                break
+            if "redirect" in marks:
+                name_below = self._xattr(descriptor, "redirect") or name_below
         return directory
 
     def _open_member(self, base: int, relative: bytes) -> int | None:
@@ -179,9 +182,17 @@ class Union:
     def _is_whiteout(self, status: os.stat_result, member: _Member, name: bytes) -> bool:
         if stat.S_ISCHR(status.st_mode):
             return status.st_rdev == 0
-        if member.xwhiteouts and stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0 and self._xattr(member.descriptor, "opaque") == b"x":
             return self._xattr(member.descriptor, "whiteout", name) is not None
         return False
+
+    def _marks(self, descriptor: int) -> set[str]:
+        """Which of overlay's xattrs a directory has."""
+        try:
+            names = os.listxattr(b"/proc/self/fd/%d" % descriptor)
+        except OSError:
+            return set()
+        return {name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)}
 
     def _xattr(self, descriptor: int, attribute: str, name: bytes = b"") -> bytes | None:
         path = b"/proc/self/fd/%d" % descriptor + (b"/" + name if name else b"")

@@ -28,8 +28,12 @@ from watchd.sources.look import Place, Touch, look
 from watchd.sources.tree import DirectoryTree
 from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
 
+FIRST_READ_BYTES = 32 * 1024
 READ_BYTES = 256 * 1024
-BATCH_BYTES = 2 * 1024 * 1024
+EVENT_MAX_BYTES = 8 * 1024
+"""More than any event takes: two names of 255 bytes and three handles of 128."""
+
+BATCH_BYTES = 1024 * 1024
 """At most so much is merged into one batch, which bounds both memory and the time to the first repair."""
 
 STRUCTURE_MASK = fan.FAN_CREATE | fan.FAN_DELETE | fan.FAN_RENAME | fan.FAN_ATTRIB | fan.FAN_ONDIR
@@ -129,14 +133,17 @@ class FanotifySource:
 
     def _read(self, events: Events) -> bool:
         """Read and merge what is queued; true if the queue was emptied."""
-        taken = 0
+        taken, wanted = 0, FIRST_READ_BYTES
         while taken < BATCH_BYTES:
             try:
-                data = os.read(self._group, READ_BYTES)
+                data = os.read(self._group, wanted)
             except BlockingIOError:
                 return True
             decode(data, events)
+            if len(data) < wanted - EVENT_MAX_BYTES:
+                return True  # another event would have fitted in, so there was none
             taken += len(data)
+            wanted = READ_BYTES
         return False
 
     def _learn_directories(self, events: Events) -> tuple[MovedIn, ...]:
