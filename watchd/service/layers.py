@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import logging
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -46,6 +47,13 @@ MARK_INTERVAL_NS = 1_000_000_000
 """How far each layer is complete is noted in the journal this often at most; a restart scans from there."""
 
 SEQUENCES_KEPT = 4096
+
+ROOM_INTERVAL_S = 0.05
+
+INBOX_MAX = 64
+PENDING_MAX = 50_000
+"""With more batches waiting for the loop, or more records waiting for the disk, a worker waits before it reads on; what is not
+read stays in the kernel's queue, where it is merged."""
 
 Key = tuple[int, int, FileHandle | None]
 
@@ -106,6 +114,8 @@ class LayerBook:
         self._workers: dict[object, Worker] = {}
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._taken_in = threading.Event()
+        self._closing = False
         self._numbers = itertools.count(1)
         self._sequences: dict[int, int] = {}
         self._tokens = itertools.count(1)
@@ -144,6 +154,7 @@ class LayerBook:
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
         await self._barrier(set(self._workers.values()), timeout_s=2.0)
+        self._closing = True
         self._note_marks()
         for worker in list(self._workers.values()):
             await self._loop.run_in_executor(None, worker.stop)
@@ -242,6 +253,7 @@ class LayerBook:
         number = next(self._numbers)
         suspects = suspects_of(batch.changes) if batch.suspects is None else batch.suspects
         rounds = self._suspect(suspects, number, batch.read_ns)
+        self._wait_for_room()
         if batch.look is not None:
             batch.changes += batch.look()
         if batch.changes or batch.complete_ns:
@@ -271,6 +283,14 @@ class LayerBook:
         while self._inbox:
             function, arguments = self._inbox.popleft()
             function(*arguments)
+        self._taken_in.set()
+
+    def _wait_for_room(self) -> None:
+        """In a worker's thread: wait while the loop or the disk cannot follow."""
+        while (len(self._inbox) > INBOX_MAX or self._journal.pending > PENDING_MAX) and not self._closing:
+            self._taken_in.clear()
+            self.flush()
+            self._taken_in.wait(ROOM_INTERVAL_S)
 
     def _suspect(self, suspects: Suspects, number: int, read_ns: int) -> list[Round]:
         """Tell the engine; returns the rounds that it worked on at once."""
