@@ -24,7 +24,7 @@ from watchd.coherence.view import Stale, View
 from watchd.errors import WatchdError
 from watchd.records import Kind
 
-SUSPECTS_MAX = 100_000
+SUSPECTS_MAX = 50_000
 """Beyond so many suspects a mount is invalidated without looking at each of them first; counted as `flooded`."""
 
 STALE_COUNTED_MAX = 1000

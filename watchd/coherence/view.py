@@ -12,7 +12,8 @@ Facts
 * Dentries of filesystems with a d_revalidate (FUSE, NFS, cgroup) are never found by RESOLVE_CACHED; there every name is looked
   up in earnest.
 * stat(2) shows the attributes of the real inode, but permission checks use the cached ones: they are told apart only by asking
-  for access as another user.
+  for access as another user. A setuid bit that was taken away shows at execve(2) only: an executable whose attributes changed
+  and that is still cached after an invalidation, because somebody uses it, cannot be verified and counts as stale.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ FEW = 4
 
 UNCACHED = -1
 NEGATIVE = -2
+
+_EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
 
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
@@ -193,7 +196,10 @@ class View:
         if real is None:
             return True
         try:
-            return access_differs(descriptor, real)
+            mode = os.stat(real).st_mode
+            # In use since before the action, so perhaps still setuid: that shows at execve only.
+            executable = stat.S_ISREG(mode) and bool(mode & _EXECUTABLE)
+            return executable or access_differs(descriptor, real)
         finally:
             os.close(real)
 

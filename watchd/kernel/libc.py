@@ -7,6 +7,7 @@ that hangs on somebody's filesystem stops only the thread that made it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -43,6 +44,13 @@ def function(name: str, *argtypes: Any, restype: Any = ctypes.c_int) -> Callable
         return result  # type: ignore[no-any-return]
 
     return call
+
+
+def use_one_malloc_arena() -> None:
+    """Have all threads allocate from one arena (mallopt(3), glibc): each of their own would keep what it once used."""
+    m_arena_max = -8
+    with contextlib.suppress(AttributeError):  # another libc
+        _libc.mallopt(m_arena_max, 1)
 
 
 def quiet_system_call(number: int, *argtypes: Any) -> Callable[..., int]:

@@ -23,6 +23,7 @@ from watchd.coherence.engine import Engine, Round
 from watchd.config import Loaded, load
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
 from watchd.journal.writer import Journal, JournalSettings
+from watchd.kernel.libc import use_one_malloc_arena
 from watchd.metrics import Metrics
 from watchd.records import Action, Start, Stop
 from watchd.service import logs, preflight
@@ -317,6 +318,7 @@ def run(config_file: Path | None) -> None:
     os.chdir("/")  # a working directory would keep its filesystem busy
     preflight.make_directory(config.state_directory, key="state_directory", mode=0o750)
     preflight.make_directory(config.runtime_directory, key="runtime_directory", mode=0o755)
+    use_one_malloc_arena()
     lock = preflight.lock_runtime(config.runtime_directory)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

@@ -50,8 +50,8 @@ SEQUENCES_KEPT = 4096
 
 ROOM_INTERVAL_S = 0.05
 
-INBOX_MAX = 64
-PENDING_MAX = 50_000
+INBOX_MAX = 8
+PENDING_MAX = 10_000
 """With more batches waiting for the loop, or more records waiting for the disk, a worker waits before it reads on; what is not
 read stays in the kernel's queue, where it is merged."""
 

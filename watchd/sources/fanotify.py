@@ -34,7 +34,7 @@ READ_BYTES = 256 * 1024
 EVENT_MAX_BYTES = 8 * 1024
 """More than any event takes: two names of 255 bytes and three handles of 128."""
 
-BATCH_BYTES = 1024 * 1024
+BATCH_BYTES = 512 * 1024
 """At most so much is merged into one batch, which bounds both memory and the time to the first repair."""
 
 STRUCTURE_MASK = fan.FAN_CREATE | fan.FAN_DELETE | fan.FAN_RENAME | fan.FAN_ATTRIB | fan.FAN_ONDIR
