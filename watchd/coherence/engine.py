@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from watchd.coherence.view import Stale, View
 from watchd.errors import WatchdError
 from watchd.records import Kind
 
+log = logging.getLogger(__name__)
+
 SUSPECTS_MAX = 50_000
 """Beyond so many suspects a mount is invalidated without looking at each of them first; counted as `flooded`."""
 
@@ -36,6 +39,7 @@ comparison makes it seem stale; both are over at the second attempt."""
 
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
+STOP_TIMEOUT_S = 5.0
 _NEVER = 1 << 63
 
 ANYTHING = sum(Kind)
@@ -218,7 +222,7 @@ class Engine:
             self._stopping = True
             self._condition.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(STOP_TIMEOUT_S)  # one that hangs on a filesystem ends with the process
         self._handles.expire()
 
     def _gather(self, mount: _Mount, suspects: Mapping[bytes, int]) -> None:
@@ -329,9 +333,13 @@ class Engine:
             return work(
                 target, self._handles, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns
             )
-        except (WatchdError, OSError) as error:
+        except Exception as error:  # whatever it is, it concerns this mount only, and its thread goes on
+            if not isinstance(error, WatchdError | OSError):
+                log.exception("a round on %s failed", target.device)
             known = mount.stale
-            failed = Round(target, None, "failed", len(known), len(known), 0, task.upto, None, str(error))
+            failed = Round(
+                target, None, "failed", len(known), len(known), 0, task.upto, None, str(error) or repr(error)
+            )
             return failed, known
 
 
