@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
 from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
 
@@ -38,3 +39,11 @@ def courier(sandbox: Sandbox) -> Iterator[Courier]:
     courier = Courier()
     yield courier
     courier.close()
+
+
+@pytest.fixture
+def daemon(sandbox: Sandbox) -> Iterator[Daemon]:
+    """A daemon for the mounts of the sandbox, not started yet; afterwards it must have ended well and said nothing odd."""
+    daemon = Daemon(sandbox.directory(b"daemon"), scope=sandbox.root)
+    yield daemon
+    daemon.close()

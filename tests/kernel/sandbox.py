@@ -44,6 +44,11 @@ def umount(target: bytes) -> None:
     _umount2(target, 0)
 
 
+def move_mount(detached: int, target: bytes) -> None:
+    """move_mount(2): a detached mount to a mount point."""
+    _move_mount(detached, b"", AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
+
+
 class Inmate:
     """A shell in a mount namespace of its own, which does what it is told."""
 
@@ -118,7 +123,7 @@ class Sandbox:
         finally:
             os.close(context)
         try:
-            _move_mount(detached, b"", AT_FDCWD, self.directory(name), _MOVE_MOUNT_F_EMPTY_PATH)
+            move_mount(detached, self.directory(name))
         finally:
             os.close(detached)
         self._mounts.append(self.path(name))
