@@ -43,7 +43,7 @@ help:
 	@echo "make install    to $(PREFIX), with the systemd unit; make uninstall takes it away again"
 
 demo: root venv
-	@$(AS_ROOT) $(VENV)/bin/python demo/demo.py
+	@$(AS_ROOT) $(VENV)/bin/python -m demo
 
 test: root packages venv-dev
 	$(AS_ROOT) WATCHD_REQUIRE=all $(VENV)/bin/python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
+from tests.kernel.sandbox import umount as sandbox_umount
 from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
 
 
@@ -31,6 +33,29 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
         if thread.name not in before.threads:
             thread.join(timeout=10)
     assert vars(Belongings()) == vars(before)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Iterator[Path]:
+    """A fresh tmpfs. Unmounting it at the end fails, and with it the test, if anything on it was left open."""
+    before = Belongings()
+    path = tmp_path / "workspace"
+    path.mkdir()
+    mount_tmpfs(path)
+    yield path
+    if path.is_mount():
+        umount(path)
+    assert vars(Belongings()) == vars(before)
+
+
+def mount_tmpfs(path: Path) -> None:
+    """A tmpfs at `path`."""
+    mount(b"watchd-test", os.fsencode(path), b"tmpfs", data=b"mode=0755")
+
+
+def umount(path: Path) -> None:
+    """umount(2); raises OSError (EBUSY: something is open there)."""
+    sandbox_umount(os.fsencode(path))
 
 
 @pytest.fixture

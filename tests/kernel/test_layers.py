@@ -142,12 +142,27 @@ def test_a_replaced_first_layer_is_noticed_without_handles_too(sandbox: Sandbox,
     assert all("in no view" in layer.error for layer in resolve(overlay_at(outer), courier).lowers)
 
 
-def test_a_relative_path_is_unknown(sandbox: Sandbox, courier: Courier, monkeypatch: pytest.MonkeyPatch) -> None:
-    sandbox.directory(b"l1"), sandbox.directory(b"l2")
+def test_a_relative_path_holds_below_a_directory_above_the_mount_point(
+    sandbox: Sandbox, courier: Courier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inode = os.stat(sandbox.directory(b"l1")).st_ino
+    sandbox.directory(b"l2")
     with monkeypatch.context() as patch:
         patch.chdir(os.fsdecode(sandbox.root))
-        merged = sandbox.mount_overlay(b"m", [(b"lowerdir", b"l1:l2")])
+        merged = sandbox.mount_overlay(b"deep/m", [(b"lowerdir", b"l1:l2")])
     assert overlay_at(merged).lowerdir == (b"l1", b"l2")
+    first, second = resolve(overlay_at(merged), courier).lowers
+    assert (first.path, first.inode, first.error) == (sandbox.path(b"l1"), inode, "")
+    assert second.path == sandbox.path(b"l2")
+
+
+def test_a_relative_path_from_elsewhere_is_unknown_though_a_directory_of_that_name_is_near(
+    sandbox: Sandbox, courier: Courier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.directory(b"elsewhere/l1"), sandbox.directory(b"elsewhere/l2"), sandbox.directory(b"l1")
+    with monkeypatch.context() as patch:
+        patch.chdir(os.fsdecode(sandbox.path(b"elsewhere")))
+        merged = sandbox.mount_overlay(b"m", [(b"lowerdir", b"l1:l2")])
     assert all(layer.error for layer in resolve(overlay_at(merged), courier).lowers)
 
 

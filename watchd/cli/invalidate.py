@@ -24,9 +24,10 @@ def invalidate(mounts: tuple[str, ...], method: str, as_json: bool, config_file:
     Prints for each mount what was done and whether it helped; exit status 1 if any is still stale. MOUNT is a mount point, a
     major:minor or a glob. The daemon is not needed.
     """
-    from watchd.coherence import manual
+    # Imported here because the other verbs need nothing of it.
+    from watchd.coherence.manual import invalidate as act
 
-    outcomes = manual.invalidate(mount_patterns(mounts), method)
+    outcomes = act(mount_patterns(mounts), method)
     if as_json:
         echo_json({"actions": outcomes})
     else:

@@ -10,27 +10,45 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.target import Target
-from watchd.coherence.view import Stale, Suspect, View
+from watchd.coherence.view import Stale, View
 from watchd.errors import WatchdError
+from watchd.records import Kind
 
-SUSPECTS_MAX = 100_000
+log = logging.getLogger(__name__)
+
+SUSPECTS_MAX = 50_000
 """Beyond so many suspects a mount is invalidated without looking at each of them first; counted as `flooded`."""
 
 STALE_COUNTED_MAX = 1000
 """Verification before an action stops here: that much is stale, and all of it is verified again afterwards."""
 
-RECHECK_FIRST_NS = 1_000_000_000
+ATTEMPTS = 2
+"""A name that somebody is looking up at this very moment survives an invalidation, and a change between the two looks of one
+comparison makes it seem stale; both are over at the second attempt."""
+
+RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
+STOP_TIMEOUT_S = 5.0
 _NEVER = 1 << 63
+
+ANYTHING = sum(Kind)
+"""`Kind` bits of a path of which nothing is known."""
+
+INLINE_SUSPECTS_MAX = 64
+INLINE_DURATION_MAX_NS = 2_000_000
+"""Few suspects of a single mount on plain local filesystems, whose last invalidation was quick, are worked on in the thread
+that tells of them: waking another one takes as long as the whole round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +92,7 @@ class MountState:
 @dataclass(eq=False)
 class _Mount:
     target: Target
-    suspects: dict[bytes, Suspect] = field(default_factory=dict)
+    suspects: dict[bytes, int] = field(default_factory=dict)
     must_act: bool = False
     upto: int = 0
     oldest_ns: int | None = None
@@ -83,6 +101,7 @@ class _Mount:
     busy: bool = False
     queued: bool = False
     not_before_ns: int = 0
+    last_duration_ns: int = 0
     recheck_ns: int = RECHECK_FIRST_NS
     recheck_at_ns: int = _NEVER
     stale: tuple[Stale, ...] = ()
@@ -95,7 +114,7 @@ class _Mount:
 class _Task:
     """What one round takes from a mount."""
 
-    suspects: dict[bytes, Suspect]
+    suspects: dict[bytes, int]
     must_act: bool
     upto: int
     oldest_ns: int | None
@@ -113,6 +132,7 @@ class Engine:
         self._delayed: list[tuple[int, int, _Mount]] = []
         self._tie = itertools.count()
         self._stopping = False
+        self._handles = Handles()
         self.flooded = 0
         self._threads = [
             threading.Thread(target=self._run, name=f"coherence-{number}", daemon=True) for number in range(threads)
@@ -140,17 +160,25 @@ class Engine:
                 mount.removed = True
                 self._condition.notify_all()
 
-    def suspect(self, devices: Iterable[str], suspects: Mapping[bytes, Suspect], *, number: int, read_ns: int) -> None:
-        """These paths of these mounts may have become stale; `number` is of the batch that tells, read at `read_ns`."""
+    def suspect(
+        self, devices: Sequence[str], suspects: Mapping[bytes, int], *, number: int, read_ns: int
+    ) -> Round | None:
+        """These paths (with `Kind` bits) of these mounts may have become stale; `number` is of the batch that tells, read at
+        `read_ns`. Returns the round if it was worked on at once, which the observer is then not told of."""
         with self._condition:
-            for device in devices:
-                mount = self._mounts.get(device)
-                if mount is None:
-                    continue
+            mounts = [mount for device in devices if (mount := self._mounts.get(device))]
+            for mount in mounts:
                 self._gather(mount, suspects)
                 mount.upto = max(mount.upto, number)
                 mount.oldest_ns = read_ns if mount.oldest_ns is None else min(mount.oldest_ns, read_ns)
-                self._ask(mount)
+            if len(mounts) != 1 or not self._is_quick(mounts[0]):
+                for mount in mounts:
+                    self._ask(mount)
+                return None
+            mount = mounts[0]
+            mount.rounds_asked += 1
+            task = self._take(mount)
+        return self._round(mount, task)
 
     def doubt(self, devices: Iterable[str]) -> None:
         """Anything in these mounts may have become stale, for instance because events were lost."""
@@ -194,20 +222,18 @@ class Engine:
             self._stopping = True
             self._condition.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(STOP_TIMEOUT_S)  # one that hangs on a filesystem ends with the process
+        self._handles.expire()
 
-    def _gather(self, mount: _Mount, suspects: Mapping[bytes, Suspect]) -> None:
+    def _gather(self, mount: _Mount, suspects: Mapping[bytes, int]) -> None:
         if len(mount.suspects) + len(suspects) > SUSPECTS_MAX:
             mount.suspects.clear()
             mount.must_act = True
             self.flooded += 1
             return
         gathered = mount.suspects
-        for path, suspect in suspects.items():
-            known = gathered.get(path)
-            gathered[path] = (
-                suspect if known is None else Suspect(known.kinds | suspect.kinds, known.is_dir or suspect.is_dir)
-            )
+        for path, kinds in suspects.items():
+            gathered[path] = gathered.get(path, 0) | kinds
 
     def _ask(self, mount: _Mount) -> None:
         """Have a round on this mount as soon as its budget allows."""
@@ -228,10 +254,24 @@ class Engine:
                 if mount is None:
                     return
                 task = self._take(mount)
-            outcome = self._work(mount, task)
-            self._observer.round(outcome[0])
-            with self._condition:
-                self._finish(mount, task, *outcome)
+            self._observer.round(self._round(mount, task))
+
+    def _round(self, mount: _Mount, task: _Task) -> Round:
+        round, stale = self._work(mount, task)
+        with self._condition:
+            self._finish(mount, task, round, stale)
+        return round
+
+    def _is_quick(self, mount: _Mount) -> bool:
+        """Whether a round is short and waits for nobody."""
+        return (
+            not mount.busy
+            and not mount.queued
+            and mount.not_before_ns <= time.monotonic_ns()
+            and len(mount.suspects) <= INLINE_SUSPECTS_MAX
+            and mount.last_duration_ns <= INLINE_DURATION_MAX_NS
+            and all(layer.cache_tells for layer in mount.target.layers)
+        )
 
     def _next(self) -> _Mount | None:
         """Wait for a mount that is due; None when stopping."""
@@ -249,15 +289,22 @@ class Engine:
                 mount = self._ready.popleft()
                 if not mount.removed:
                     return mount
-            self._condition.wait((self._delayed[0][0] - now) / 1e9 if self._delayed else None)
+            self._rest(now)
         return None
+
+    def _rest(self, now: int) -> None:
+        """Wait for something to become due; layers that were used are let go meanwhile."""
+        expiry = self._handles.expire(now_ns=now)
+        due = [self._delayed[0][0]] if self._delayed else []
+        due += [expiry] if expiry else []
+        self._condition.wait((min(due) - now) / 1e9 if due else None)
 
     def _take(self, mount: _Mount) -> _Task:
         task = _Task(mount.suspects, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
         for stale in mount.stale:
-            task.suspects.setdefault(stale.path, Suspect(~0, True))
+            task.suspects[stale.path] = ANYTHING
         return task
 
     def _finish(self, mount: _Mount, task: _Task, round: Round, stale: tuple[Stale, ...]) -> None:
@@ -266,6 +313,7 @@ class Engine:
         mount.stale, mount.error = stale, round.error
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
+            mount.last_duration_ns = round.duration_ns
             pause = round.duration_ns / mount.target.budget - round.duration_ns
             mount.not_before_ns = time.monotonic_ns() + int(pause)
         if mount.rounds_asked > task.asked:
@@ -282,33 +330,47 @@ class Engine:
     def _work(self, mount: _Mount, task: _Task) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
         try:
-            return work(target, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns)
-        except (WatchdError, OSError) as error:
+            return work(
+                target, self._handles, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns
+            )
+        except Exception as error:  # whatever it is, it concerns this mount only, and its thread goes on
+            if not isinstance(error, WatchdError | OSError):
+                log.exception("a round on %s failed", target.device)
             known = mount.stale
-            failed = Round(target, None, "failed", len(known), len(known), 0, task.upto, None, str(error))
+            failed = Round(
+                target, None, "failed", len(known), len(known), 0, task.upto, None, str(error) or repr(error)
+            )
             return failed, known
 
 
 def work(
-    target: Target, suspects: Mapping[bytes, Suspect], *, must_act: bool, upto: int = 0, oldest_ns: int | None = None
+    target: Target,
+    handles: Handles,
+    suspects: Mapping[bytes, int],
+    *,
+    must_act: bool,
+    upto: int = 0,
+    oldest_ns: int | None = None,
 ) -> tuple[Round, tuple[Stale, ...]]:
     """One round on one mount: verify, act if something is stale, verify again. Raises MountError, LayerError, OSError."""
-    with View(target) as view:
+    with View(target, handles) as view:
         before = _some(view, suspects, must_act=must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
         if (before or must_act) and not target.observe:
-            method, duration_ns = "invalidate", invalidate(view.merged, read_only=target.read_only)
-            stale = tuple(view.stale(suspects, acted=True))
-            if stale:  # once more: what changed between the two looks of one comparison is not stale
-                again = {entry.path: suspects[entry.path] for entry in stale}
+            method, again = "invalidate", suspects
+            for _ in range(ATTEMPTS):
+                duration_ns += invalidate(view.merged, read_only=target.read_only)
                 stale = tuple(view.stale(again, acted=True))
+                if not stale:
+                    break
+                again = {entry.path: suspects[entry.path] for entry in stale}
     latency = None if oldest_ns is None else time.monotonic_ns() - oldest_ns
     result = "stale" if stale else "coherent"
     return Round(target, method, result, len(before), len(stale), duration_ns, upto, latency), stale
 
 
-def _some(view: View, suspects: Mapping[bytes, Suspect], *, must_act: bool, target: Target) -> tuple[Stale, ...]:
+def _some(view: View, suspects: Mapping[bytes, int], *, must_act: bool, target: Target) -> tuple[Stale, ...]:
     """What is stale before anything is done; not asked where it makes no difference."""
     if must_act and not target.observe:
         return ()

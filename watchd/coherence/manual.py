@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate as invalidate_superblock
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target
@@ -26,10 +27,12 @@ def invalidate(patterns: Sequence[str], method: str) -> list[dict[str, Any]]:
     that this version does not have."""
     if method != "invalidate":
         raise UnsupportedError(f"the method {method} is not part of this version", remedy="use --method invalidate")
-    courier = Courier()
+    courier, handles = Courier(), Handles()
     try:
-        return [_act(build_target(overlay, resolve(overlay, courier), courier)) for overlay in _select(patterns)]
+        overlays = _select(patterns)
+        return [_act(build_target(overlay, resolve(overlay, courier), courier), handles) for overlay in overlays]
     finally:
+        handles.expire()
         courier.close()
 
 
@@ -41,7 +44,7 @@ def _select(patterns: Sequence[str]) -> Iterator[Overlay]:
     return (overlay for overlay in overlays if any(matches(overlay, pattern) for pattern in patterns))
 
 
-def _act(target: Target) -> dict[str, Any]:
+def _act(target: Target, handles: Handles) -> dict[str, Any]:
     outcome: dict[str, Any] = {
         "device": target.device,
         "mount_point": os.fsdecode(target.mount_point),
@@ -52,7 +55,7 @@ def _act(target: Target) -> dict[str, Any]:
         "duration_ns": 0,
     }
     try:
-        with View(target) as view:
+        with View(target, handles) as view:
             outcome["stale_before"] = len(_stale(view))
             outcome["duration_ns"] = invalidate_superblock(view.merged, read_only=target.read_only)
             after = outcome["stale_after"] = len(_stale(view))

@@ -13,6 +13,8 @@ class LayerRoot:
     path: bytes
     open: Callable[[], int] = field(repr=False, compare=False)
     """A detached mount rooted at the layer's directory, as an owned descriptor. Raises LayerError."""
+    key: object = None
+    """What makes two layers the same directory."""
     cache_tells: bool = True
     """RESOLVE_CACHED answers truly for this filesystem (see `watchd.coherence.view`)."""
 

@@ -38,6 +38,7 @@ def build_target(
             LayerRoot(
                 layer.path,
                 functools.partial(clone_directory, layer, courier),
+                key=(layer.view.namespace, layer.path, layer.device, layer.handle),
                 cache_tells=layer.magic in CACHE_TELLS,
             )
             for layer in layers

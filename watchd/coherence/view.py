@@ -12,52 +12,49 @@ Facts
 * Dentries of filesystems with a d_revalidate (FUSE, NFS, cgroup) are never found by RESOLVE_CACHED; there every name is looked
   up in earnest.
 * stat(2) shows the attributes of the real inode, but permission checks use the cached ones: they are told apart only by asking
-  for access as another user.
+  for access as another user. A setuid bit that was taken away shows at execve(2) only: an executable whose attributes changed
+  and that is still cached after an invalidation, because somebody uses it, cannot be verified and counts as stale.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+
+import msgspec
 
 from watchd.coherence.access import access_differs
-from watchd.coherence.target import Target
+from watchd.coherence.handles import Handles
+from watchd.coherence.target import LayerRoot, Target
 from watchd.errors import WireError
 from watchd.kernel.files import (
     AT_EMPTY_PATH,
     AT_HANDLE_FID,
     CONFINED,
-    O_PATH_NOFOLLOW,
     RESOLVE_CACHED,
     FileHandle,
     name_to_handle_at,
-    openat2,
+    try_openat2,
 )
 from watchd.overlay.union import Entry, Union
 from watchd.records import Kind
 from watchd.wire.handles import parse_overlay_handle
 
 STRUCTURE = int(Kind.CREATE | Kind.DELETE | Kind.RENAME)
+FEW = 4
+"""Up to so many suspects their directories are not asked for first."""
+
 UNCACHED = -1
 NEGATIVE = -2
 
-_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
+
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 
-class Suspect(NamedTuple):
-    """Why a path may be stale."""
-
-    kinds: int
-    is_dir: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Stale:
+class Stale(msgspec.Struct, frozen=True, gc=False):
     """A name whose merged view is wrong. `kind` is missing, ghost, replaced, permission or listing."""
 
     path: bytes
@@ -67,20 +64,23 @@ class Stale:
 class View:
     """A merged mount and its layers, open for the length of one piece of work."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, handles: Handles) -> None:
         """Raises MountError."""
-        self._target = target
-        self._stack = contextlib.ExitStack()
-        self.merged = target.open()
-        self._stack.callback(os.close, self.merged)
+        self._target, self._handles = target, handles
+        self._borrowed: list[LayerRoot] = []
         self._union: Union | None = None
+        self.merged = target.open()
         self._cache_tells = all(layer.cache_tells for layer in target.layers)
 
     def __enter__(self) -> View:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self._union is not None:
+            self._union.close()
+        for layer in self._borrowed:
+            self._handles.give_back(layer)
+        os.close(self.merged)
 
     @property
     def union(self) -> Union:
@@ -88,25 +88,27 @@ class View:
         if self._union is None:
             roots = []
             for layer in self._target.layers:
-                roots.append(layer.open())
-                self._stack.callback(os.close, roots[-1])
+                roots.append(self._handles.borrow(layer))
+                self._borrowed.append(layer)
             self._union = Union(roots, userxattr=self._target.userxattr)
-            self._stack.callback(self._union.close)
         return self._union
 
-    def stale(self, suspects: Mapping[bytes, Suspect], *, acted: bool) -> Iterator[Stale]:
-        """The stale ones among the suspects. Before an action (`acted` false) also those that may be stale in a way that
-        cannot be seen from outside. Raises LayerError, OSError."""
+    def stale(self, suspects: Mapping[bytes, int], *, acted: bool) -> Iterator[Stale]:
+        """The stale ones among the suspects (path -> `Kind` bits). Raises LayerError, OSError.
+
+        Before an action (`acted` false) also those that may be stale in a way that cannot be seen from outside.
+        """
         cached: dict[bytes, bool] = {b"": True}
+        ask_directories = self._cache_tells and len(suspects) > FEW
         for path in sorted(suspects):
-            if self._cache_tells and not self._is_cached(path.rpartition(b"/")[0], cached):
+            if ask_directories and not self._is_cached(path.rpartition(b"/")[0], cached):
                 continue
             kind = self._judge(path, suspects[path], acted=acted)
             if kind is not None:
                 yield Stale(path, kind)
 
-    def cached_names(self) -> Generator[tuple[bytes, Suspect], None, None]:
-        """Every name that the layers have and that the merged mount has cached, as a suspect; uncached subtrees are skipped."""
+    def cached_names(self) -> Generator[tuple[bytes, int], None, None]:
+        """Every name that the layers have and that the merged mount has cached, as suspects; uncached subtrees are skipped."""
         pending = [b""]
         while pending:
             directory = pending.pop()
@@ -119,7 +121,7 @@ class View:
                     os.close(descriptor)
                     if is_dir:
                         pending.append(path)
-                yield path, Suspect(int(Kind.ATTRIB | Kind.CREATE), is_dir)
+                yield path, int(Kind.ATTRIB | Kind.CREATE)
 
     def _is_cached(self, directory: bytes, cached: dict[bytes, bool]) -> bool:
         """Whether a directory is in the merged mount's cache, going down from the root with a memory of the answers."""
@@ -138,45 +140,41 @@ class View:
         """An owned descriptor of a cached object, or UNCACHED, or NEGATIVE. Raises OSError."""
         resolve = CONFINED | (RESOLVE_CACHED if self._cache_tells else 0)
         for _ in range(2):  # a rename elsewhere in the dentry hash can make a lockless lookup miss once
-            try:
-                return openat2(self.merged, path or b".", flags=O_PATH_NOFOLLOW, resolve=resolve)
-            except OSError as error:
-                if error.errno in _NOTHING_THERE:
-                    return NEGATIVE
-                if error.errno == errno.ESTALE:
-                    return NEGATIVE
-                if error.errno != errno.EAGAIN:
-                    raise
+            descriptor = try_openat2(self.merged, path or b".", resolve=resolve)
+            if descriptor >= 0:
+                return descriptor
+            if -descriptor in _NOTHING_THERE:
+                return NEGATIVE
+            if descriptor != -errno.EAGAIN:
+                raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(path))
         return UNCACHED
 
-    def _judge(self, path: bytes, suspect: Suspect, *, acted: bool) -> str | None:
+    def _judge(self, path: bytes, kinds: int, *, acted: bool) -> str | None:
         descriptor = self._cached(path)
         if descriptor == UNCACHED:
             return None
         if descriptor == NEGATIVE:
-            return "missing" if self.union.lookup(path) is not None else None
+            return "missing" if self.union.exists(path) else None
         try:
             expected = self.union.lookup(path)
             if expected is None:
                 return "ghost"
-            return self._judge_object(path, descriptor, expected, suspect, acted=acted)
+            return self._judge_object(path, descriptor, expected, kinds, acted=acted)
         finally:
             os.close(descriptor)
 
-    def _judge_object(
-        self, path: bytes, descriptor: int, expected: Entry, suspect: Suspect, *, acted: bool
-    ) -> str | None:
+    def _judge_object(self, path: bytes, descriptor: int, expected: Entry, kinds: int, *, acted: bool) -> str | None:
         identity = _identity(descriptor)
         same = self._looks_same(path, descriptor) if identity is None else identity == expected.handle
         if not same:
             return "replaced"
-        if expected.is_dir and suspect.kinds & STRUCTURE and len(self._target.layers) > 1:
+        if expected.is_dir and kinds & STRUCTURE and len(self._target.layers) > 1:
             # The handle names the topmost directory only; those below it may be others than the cached ones.
             if not acted:
                 return "listing"
             if self._lists_otherwise(path, descriptor):
                 return "listing"
-        if suspect.kinds & Kind.ATTRIB:
+        if kinds & Kind.ATTRIB:
             if not acted:
                 return "permission"  # a stale setuid bit shows at execve only, so nobody is asked
             if self._grants_otherwise(path, descriptor):
@@ -198,7 +196,10 @@ class View:
         if real is None:
             return True
         try:
-            return access_differs(descriptor, real)
+            mode = os.stat(real).st_mode
+            # In use since before the action, so perhaps still setuid: that shows at execve only.
+            executable = stat.S_ISREG(mode) and bool(mode & _EXECUTABLE)
+            return executable or access_differs(descriptor, real)
         finally:
             os.close(real)
 

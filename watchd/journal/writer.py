@@ -29,7 +29,7 @@ from watchd.journal.recovery import Opened, Recovered, lock, recover
 from watchd.journal.segments import disk_error, disk_errors
 from watchd.records import Record, Stop
 
-COMMIT_ENTRIES: Final = 16384
+COMMIT_ENTRIES: Final = 4096
 """Most entries of one commit: bounds the memory that encoding takes and how long a commit holds up the next one."""
 
 

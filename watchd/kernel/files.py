@@ -23,7 +23,7 @@ import msgspec
 
 from watchd.kernel.libc import AT_EACCESS as AT_EACCESS
 from watchd.kernel.libc import AT_EMPTY_PATH as AT_EMPTY_PATH
-from watchd.kernel.libc import function, system_call
+from watchd.kernel.libc import function, quiet_system_call, system_call
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -41,6 +41,7 @@ AT_HANDLE_FID = 0x200
 MAX_HANDLE_SZ = 128
 
 _openat2 = system_call(437, "openat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
+_quiet_openat2 = quiet_system_call(437, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _faccessat2 = system_call(439, "faccessat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
 _name_to_handle_at = function(
     "name_to_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int
@@ -69,6 +70,12 @@ def openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: i
     """openat2(2); returns an owned descriptor. Raises OSError."""
     how = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve)
     return _openat2(dirfd, path, how, len(how))
+
+
+def try_openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: int = CONFINED) -> int:
+    """openat2(2) where not being able to is an everyday answer: an owned descriptor, or -errno."""
+    how = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve)
+    return _quiet_openat2(dirfd, path, how, len(how))
 
 
 def faccessat2(dirfd: int, path: bytes, *, mode: int, flags: int) -> bool:

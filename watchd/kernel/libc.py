@@ -7,6 +7,7 @@ that hangs on somebody's filesystem stops only the thread that made it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -41,6 +42,27 @@ def function(name: str, *argtypes: Any, restype: Any = ctypes.c_int) -> Callable
         if result < 0:
             _raise(name)
         return result  # type: ignore[no-any-return]
+
+    return call
+
+
+def use_one_malloc_arena() -> None:
+    """Have all threads allocate from one arena (mallopt(3), glibc): each of their own would keep what it once used."""
+    m_arena_max = -8
+    with contextlib.suppress(AttributeError):  # another libc
+        _libc.mallopt(m_arena_max, 1)
+
+
+def quiet_system_call(number: int, *argtypes: Any) -> Callable[..., int]:
+    """Like `system_call`, for where failure is an everyday answer: the result is -errno instead of an exception."""
+    entry = ctypes.CDLL(None, use_errno=True)["syscall"]
+    entry.argtypes = (ctypes.c_long, *argtypes)
+    entry.restype = ctypes.c_long
+    get_errno = ctypes.get_errno
+
+    def call(*arguments: Any) -> int:
+        result = entry(number, *arguments)
+        return result if result >= 0 else -get_errno()
 
     return call
 

@@ -15,6 +15,7 @@ Facts
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import queue
 import threading
@@ -46,6 +47,18 @@ def setns(fd: int, nstype: int) -> None:
 
 def mount_namespace(pid: int | str = "self") -> int:
     """The inode number of a process's mount namespace. Raises OSError (ENOENT, ESRCH: the process is gone)."""
+    if pid == "self":
+        return _own_namespace(os.getpid())
+    return _namespace_of(pid)
+
+
+@functools.lru_cache(maxsize=1)
+def _own_namespace(pid: int) -> int:
+    # Asked for at every clone, and the same for as long as we live: only single threads of ours ever leave it.
+    return _namespace_of(pid)
+
+
+def _namespace_of(pid: int | str) -> int:
     # The link's text is `mnt:[INODE]`; reading it costs half of a stat and opens nothing.
     return int(os.readlink(f"/proc/{pid}/ns/mnt")[5:-1])
 

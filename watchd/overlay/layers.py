@@ -137,7 +137,7 @@ def _bases(overlay: Overlay) -> list[bytes]:
     paths = [*_upper(overlay), *overlay.lowerdir, *overlay.data_only]
     if not paths or paths[0].startswith(b"/"):
         return [b""]
-    bases = {}
+    bases: dict[bytes, None] = {}
     for point in overlay.mount_points:
         base = point.path
         while base.strip(b"/"):

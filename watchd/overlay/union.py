@@ -22,10 +22,11 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, name_to_handle_at, openat2
+from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, name_to_handle_at, try_openat2
 
 _OPEN_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
+_NOTHING = (errno.ENOENT, errno.ESTALE)
+_ABSENT = (*_NOTHING, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,6 @@ class _Member:
 
     layer: int
     descriptor: int
-    xwhiteouts: bool
 
 
 @dataclass(slots=True)
@@ -53,8 +53,10 @@ class _Directory:
     members: list[_Member] = field(default_factory=list)
 
     def close(self) -> None:
-        while self.members:
-            os.close(self.members.pop().descriptor)
+        if self.name:  # the root's are borrowed
+            for member in self.members:
+                os.close(member.descriptor)
+        self.members.clear()
 
 
 class Union:
@@ -82,6 +84,10 @@ class Union:
             return Entry(found[0], name_to_handle_at(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
         finally:
             os.close(descriptor)
+
+    def exists(self, path: bytes) -> bool:
+        """Whether the layers provide anything at `path`. Raises OSError."""
+        return self._locate(path) is not None
 
     def open(self, path: bytes) -> int | None:
         """An owned O_PATH descriptor of the object that `lookup` describes."""
@@ -133,16 +139,17 @@ class Union:
             keep += 1
         while len(self._chain) > keep + 1:
             self._chain.pop().close()
-        for name in names[keep:]:
-            self._chain.append(self._descend(self._chain[-1], name))
+        while keep < len(names):
+            parent = self._chain[-1]
+            # Where one layer is left, nothing can hide or redirect what is below, and one step goes all the way.
+            alone = len(parent.members) == 1 and parent.members[0].layer == len(self._roots) - 1
+            name = b"/".join(names[keep:]) if alone else names[keep]
+            self._chain.append(self._descend(parent, name))
+            keep = len(names) if alone else keep + 1
         return self._chain[-1].members
 
     def _open_root(self) -> _Directory:
-        directory = _Directory(b"")
-        for layer, root in enumerate(self._roots):
-            descriptor = os.open(b".", _OPEN_DIRECTORY, dir_fd=root)
-            directory.members.append(_Member(layer, descriptor, self._xattr(descriptor, "opaque") == b"x"))
-        return directory
+        return _Directory(b"", [_Member(layer, root) for layer, root in enumerate(self._roots)])
 
     def _descend(self, parent: _Directory, name: bytes) -> _Directory:
         directory = _Directory(name)
@@ -151,37 +158,37 @@ class Union:
             base, relative = member.descriptor, name_below
             if name_below.startswith(b"/"):
                 base, relative = self._roots[member.layer], name_below.strip(b"/")
-            descriptor = self._open_member(base, relative)
-            if descriptor is None:
-                continue
+            descriptor = try_openat2(base, relative, flags=_OPEN_DIRECTORY)
             if descriptor < 0:
+                if -descriptor in _NOTHING:
+                    continue
+                if -descriptor in _ABSENT:
+                    break  # not a directory, a whiteout among others: what is below is hidden
+                raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(relative))
+            directory.members.append(_Member(member.layer, descriptor))
+            if member.layer == len(self._roots) - 1:
                 break
-            opaque = self._xattr(descriptor, "opaque") if member.layer < len(self._roots) - 1 else b""
-            directory.members.append(_Member(member.layer, descriptor, opaque == b"x"))
-            if opaque == b"y":
+            marks = self._marks(descriptor)
+            if "opaque" in marks and self._xattr(descriptor, "opaque") == b"y":
                 break
-            redirect = self._xattr(descriptor, "redirect") if member.layer < len(self._roots) - 1 else b""
-            name_below = redirect or name_below
+            if "redirect" in marks:
+                name_below = self._xattr(descriptor, "redirect") or name_below
         return directory
-
-    def _open_member(self, base: int, relative: bytes) -> int | None:
-        """A layer's part of a directory: its descriptor, None where it has nothing there, -1 where the search ends."""
-        try:
-            descriptor = openat2(base, relative, flags=_OPEN_DIRECTORY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
-                return None
-            if error.errno in _ABSENT:
-                return -1  # not a directory, a whiteout among others: what is below is hidden
-            raise
-        return descriptor
 
     def _is_whiteout(self, status: os.stat_result, member: _Member, name: bytes) -> bool:
         if stat.S_ISCHR(status.st_mode):
             return status.st_rdev == 0
-        if member.xwhiteouts and stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0 and self._xattr(member.descriptor, "opaque") == b"x":
             return self._xattr(member.descriptor, "whiteout", name) is not None
         return False
+
+    def _marks(self, descriptor: int) -> set[str]:
+        """Which of overlay's xattrs a directory has."""
+        try:
+            names = os.listxattr(b"/proc/self/fd/%d" % descriptor)
+        except OSError:
+            return set()
+        return {name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)}
 
     def _xattr(self, descriptor: int, attribute: str, name: bytes = b"") -> bytes | None:
         path = b"/proc/self/fd/%d" % descriptor + (b"/" + name if name else b"")
@@ -192,12 +199,12 @@ class Union:
 
 
 def _open(directory: int, name: bytes) -> int | None:
-    try:
-        return openat2(directory, name)
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return None
-        raise
+    descriptor = try_openat2(directory, name)
+    if descriptor >= 0:
+        return descriptor
+    if -descriptor in _ABSENT:
+        return None
+    raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(name))
 
 
 def _scan(directory: int) -> list[tuple[bytes, os.stat_result]]:

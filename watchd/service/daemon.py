@@ -23,6 +23,7 @@ from watchd.coherence.engine import Engine, Round
 from watchd.config import Loaded, load
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
 from watchd.journal.writer import Journal, JournalSettings
+from watchd.kernel.libc import use_one_malloc_arena
 from watchd.metrics import Metrics
 from watchd.records import Action, Start, Stop
 from watchd.service import logs, preflight
@@ -46,7 +47,7 @@ REFRESH_PAUSE_S = 0.05
 
 SYNC_TIMEOUT_S = 30.0
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long a busy thread keeps the interpreter from another one that was woken; Python's default of 5 ms would be most of
 the time that a repair takes."""
 
@@ -87,6 +88,7 @@ class Daemon:
             settings=config.sources,
             barrier_directory=preflight.barrier_directory(config.runtime_directory),
             names=names,
+            on_round=self._record_round,
         )
         self._mounts = MountBook(config, layers=self._layers, engine=self._engine, metrics=self._metrics, names=names)
         stack.push_async_callback(self._mounts.close)
@@ -111,7 +113,7 @@ class Daemon:
         for number, handler in self._signals().items():
             self._loop.add_signal_handler(number, handler)
         tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
-        stop: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        stop = asyncio.create_task(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -119,7 +121,8 @@ class Daemon:
                 if task.done():
                     task.result()
         finally:
-            for task in (*tasks, stop):
+            stop.cancel()
+            for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
         if self._journal.failed.done():
@@ -158,9 +161,15 @@ class Daemon:
             overdue = time.monotonic() - troubled_at > TROUBLE_INTERVAL_S and self._mounts.troubled()
             if told or overdue or await self._mounts.namespaces_changed():
                 troubled_at = time.monotonic()
-                await self._mounts.refresh()
-                notify(STATUS=self._summary())
+                await self._refresh()
                 await asyncio.sleep(REFRESH_PAUSE_S)
+
+    async def _refresh(self) -> None:
+        try:
+            await self._mounts.refresh()
+        except (WatchdError, OSError) as error:  # out of descriptors, for instance: what is kept goes on being kept
+            log.error("looking for mounts failed: %s", error)
+        notify(STATUS=self._summary())
 
     async def _feed_watchdog(self) -> None:
         interval = watchdog_interval_s()
@@ -179,7 +188,11 @@ class Daemon:
     def round(self, round: Round) -> None:
         """See `watchd.coherence.engine.Observer`; called in the engine's threads."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near and the journal with it
-            self._loop.call_soon_threadsafe(self._record_round, round)
+            self._loop.call_soon_threadsafe(self._take_in_round, round)
+
+    def _take_in_round(self, round: Round) -> None:
+        self._layers.take_in()  # the changes that the round covers come first
+        self._record_round(round)
 
     def _record_round(self, round: Round) -> None:
         self._metrics.verification(round.result)
@@ -311,6 +324,7 @@ def run(config_file: Path | None) -> None:
     os.chdir("/")  # a working directory would keep its filesystem busy
     preflight.make_directory(config.state_directory, key="state_directory", mode=0o750)
     preflight.make_directory(config.runtime_directory, key="runtime_directory", mode=0o755)
+    use_one_malloc_arena()
     lock = preflight.lock_runtime(config.runtime_directory)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

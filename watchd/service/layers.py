@@ -10,18 +10,20 @@ All methods run in the event loop's thread. What the workers tell arrives there 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from watchd.coherence.engine import Engine
-from watchd.coherence.view import STRUCTURE, Suspect
+from watchd.coherence.engine import ANYTHING, Engine, Round
 from watchd.config.schema import Sources
 from watchd.errors import LayerError, UnsupportedError, WatchdError
 from watchd.journal.format import LayerMark
@@ -31,7 +33,7 @@ from watchd.metrics import Metrics
 from watchd.overlay.model import LayerDirectory
 from watchd.records import Change, Desync, Kind, Resync, Via
 from watchd.service.names import NameBook
-from watchd.sources.base import Batch, MovedIn, Source, WatchedLayer
+from watchd.sources.base import Batch, MovedIn, Source, Suspects, WatchedLayer
 from watchd.sources.fanotify import FanotifySource
 from watchd.sources.inotify import InotifySource
 from watchd.sources.scan import changed_since, everything_below
@@ -43,9 +45,22 @@ RETRY_S = 5.0
 """A layer that could not be watched is tried again after so long."""
 
 MARK_INTERVAL_NS = 1_000_000_000
-"""How far each layer is complete is noted in the journal this often at most; a restart scans from there."""
+MARK_COST_NS = 50_000_000
+"""How far each layer is complete is noted in the journal this often at most, the less often the more layers there are; a
+restart scans from there."""
+
+MARKS_MAX = 1000
+"""Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
+desync then stays open in the journal, which tells readers all the same."""
 
 SEQUENCES_KEPT = 4096
+
+ROOM_INTERVAL_S = 0.05
+
+INBOX_MAX = 8
+PENDING_MAX = 10_000
+"""With more batches waiting for the loop, or more records waiting for the disk, a worker waits before it reads on; what is not
+read stays in the kernel's queue, where it is merged."""
 
 Key = tuple[int, int, FileHandle | None]
 
@@ -93,16 +108,21 @@ class LayerBook:
         settings: Sources,
         barrier_directory: Path,
         names: NameBook,
+        on_round: Callable[[Round], None],
     ) -> None:
+        """`on_round` is told, in the loop's thread, of rounds that were worked on while their changes were collected."""
         self.settings = settings
         self.layers: dict[Key, Layer] = {}
         self._journal, self._engine, self._metrics = journal, engine, metrics
-        self._names = names
+        self._names, self._on_round = names, on_round
         self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
         self._routes: dict[str, tuple[str, ...]] = {}
+        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._taken_in = threading.Event()
+        self._closing = False
         self._numbers = itertools.count(1)
         self._sequences: dict[int, int] = {}
         self._tokens = itertools.count(1)
@@ -141,6 +161,7 @@ class LayerBook:
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
         await self._barrier(set(self._workers.values()), timeout_s=2.0)
+        self._closing = True
         self._note_marks()
         for worker in list(self._workers.values()):
             await self._loop.run_in_executor(None, worker.stop)
@@ -151,7 +172,7 @@ class LayerBook:
         if settings == self.settings:
             return
         self.settings = settings
-        for layer in self.layers.values():
+        for layer in list(self.layers.values()):
             self._desync(layer, "restart")
             await self._unwatch(layer)
             await self._watch(layer)
@@ -198,7 +219,7 @@ class LayerBook:
                 unlimited_queue=self.settings.queue == "unlimited",
             )
         if backend == "inotify":
-            return InotifySource(barrier_directory=barrier)
+            return InotifySource(barrier_directory=barrier, content=self.settings.content)
         raise UnsupportedError(
             f"the backend {backend} is not part of this version", remedy="choose fanotify or inotify"
         )
@@ -237,9 +258,15 @@ class LayerBook:
         if batch.overflow:
             self._call(self._overflowed, worker)
         number = next(self._numbers)
+        suspects = suspects_of(batch.changes) if batch.suspects is None else batch.suspects
+        rounds = self._suspect(suspects, number, batch.read_ns)
+        self._wait_for_room()
+        if batch.look is not None:
+            batch.changes += batch.look()
         if batch.changes or batch.complete_ns:
             self._call(self._record, number, worker, batch)
-        self._suspect(batch.changes, number, batch.read_ns)
+        for round in rounds:
+            self._call(self._on_round, round)
         for moved in batch.moved_in:
             self._call(self._scan_moved_in, worker, moved)
         if batch.barriers:
@@ -249,22 +276,37 @@ class LayerBook:
         """See `watchd.sources.worker.Sink`."""
         self._call(self._source_lost, worker, error)
 
-    def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
+    def flush(self) -> None:
+        """See `watchd.sources.worker.Sink`."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near
+            self._loop.call_soon_threadsafe(self.take_in)
 
-    def _suspect(self, changes: Sequence[Change], number: int, read_ns: int) -> None:
-        by_layer: dict[str, dict[bytes, Suspect]] = {}
-        for change in changes:
-            kinds = change.kinds
-            if change.via == Via.SCAN:
-                kinds |= STRUCTURE | Kind.ATTRIB  # a scan sees the result only
-            elif kinds == Kind.MODIFY:
-                continue  # written in place: reads go to the real file
-            by_layer.setdefault(change.layer, {})[change.path] = Suspect(kinds, change.is_dir)
-        for name, suspects in by_layer.items():
-            if devices := self._routes.get(name):
-                self._engine.suspect(devices, suspects, number=number, read_ns=read_ns)
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Have something done in the loop's thread, in the order of the calls, at the next flush."""
+        self._inbox.append((function, arguments))
+
+    def take_in(self) -> None:
+        """Do what the workers have told so far."""
+        while self._inbox:
+            function, arguments = self._inbox.popleft()
+            function(*arguments)
+        self._taken_in.set()
+
+    def _wait_for_room(self) -> None:
+        """In a worker's thread: wait while the loop or the disk cannot follow."""
+        while (len(self._inbox) > INBOX_MAX or self._journal.pending > PENDING_MAX) and not self._closing:
+            self._taken_in.clear()
+            self.flush()
+            self._taken_in.wait(ROOM_INTERVAL_S)
+
+    def _suspect(self, suspects: Suspects, number: int, read_ns: int) -> list[Round]:
+        """Tell the engine; returns the rounds that it worked on at once."""
+        rounds = []
+        for name, paths in suspects.items():
+            devices = self._routes.get(name)
+            if devices and paths and (round := self._engine.suspect(devices, paths, number=number, read_ns=read_ns)):
+                rounds.append(round)
+        return rounds
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
@@ -280,7 +322,10 @@ class LayerBook:
                 if not layer.desync_seq:
                     layer.complete_ns = max(layer.complete_ns, batch.complete_ns)
             self._unmarked = True
-        if self._unmarked and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS:
+        if (
+            self._unmarked
+            and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS + len(self._marks) * MARK_COST_NS
+        ):
             self._note_marks()
 
     def _append(self, number: int, changes: Sequence[Change]) -> None:
@@ -293,7 +338,10 @@ class LayerBook:
     def _note_marks(self) -> None:
         for layer in self.layers.values():
             if layer.complete_ns:
+                self._marks.pop(layer.name, None)  # so that the longest gone come first
                 self._marks[layer.name] = LayerMark(layer.directory.path, layer.complete_ns, layer.desync_seq)
+        while len(self._marks) > max(MARKS_MAX, len(self.layers)):
+            del self._marks[next(iter(self._marks))]
         self._journal.note(self._marks)
         self._marked_ns, self._unmarked = time.monotonic_ns(), False
 
@@ -334,12 +382,19 @@ class LayerBook:
         assert worker is not None
         layer.become("scanning", layer.reason)
         layer.scan_again = False
-        worker.submit(worker.source.recover)
+        worker.submit(worker.source.recover).add_done_callback(partial(self._recovered, worker))
         worker.scan(
             changed_since(layer.watched, layer.complete_ns),
             partial(self._found, layer),
             lambda error: self._call(self._scanned, layer, worker, error),
         )
+
+    def _recovered(self, worker: Worker, done: Future[None]) -> None:
+        """In the worker's thread: a source that cannot recover is lost."""
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, Exception):
+            self.lost(worker, error)
+            self.flush()
 
     def _scan_moved_in(self, worker: Worker, moved: MovedIn) -> None:
         for layer in self._layers_of(worker):
@@ -350,7 +405,8 @@ class LayerBook:
         """A slice of a scan; in the worker's thread."""
         number = next(self._numbers)
         self._call(self._record_found, layer, number, changes)
-        self._suspect(changes, number, time.monotonic_ns())
+        for round in self._suspect(suspects_of(changes), number, time.monotonic_ns()):
+            self._call(self._on_round, round)
 
     def _record_found(self, layer: Layer, number: int, changes: list[Change]) -> None:
         layer.differences += len(changes)
@@ -420,6 +476,16 @@ class LayerBook:
 
     def _layers_of(self, worker: Worker) -> list[Layer]:
         return [layer for layer in self.layers.values() if layer.worker is worker]
+
+
+def suspects_of(changes: Sequence[Change]) -> Suspects:
+    """What may be stale because of these changes. What was only written in place is not: reads go to the real file."""
+    suspects: dict[str, dict[bytes, int]] = {}
+    for change in changes:
+        kinds = ANYTHING if change.via == Via.SCAN else change.kinds  # a scan sees the result only
+        if kinds != Kind.MODIFY:
+            suspects.setdefault(change.layer, {})[change.path] = kinds
+    return suspects
 
 
 def key_of(directory: LayerDirectory) -> Key:

@@ -101,10 +101,11 @@ class MountBook:
 
     async def reconfigure(self, config: Config) -> None:
         """Use this configuration from now on."""
-        self.config = config
-        await self._layers.rewatch(config.sources)
-        for mount in self.mounts.values():
-            self._engine.retarget(self._target(mount.overlay, mount.stack))
+        async with self._lock:
+            self.config = config
+            await self._layers.rewatch(config.sources)
+            for mount in self.mounts.values():
+                self._engine.retarget(self._target(mount.overlay, mount.stack))
         await self.refresh()
 
     async def close(self) -> None:

@@ -16,6 +16,7 @@ def notify(**fields: str | int) -> None:
     message = "\n".join(f"{key}={value}" for key, value in fields.items()).encode()
     path = b"\0" + address[1:].encode() if address.startswith("@") else address.encode()
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.setblocking(False)  # a manager that does not read must not stop us
         sock.sendto(message, path)
 
 

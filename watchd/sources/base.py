@@ -6,7 +6,7 @@ filesystem that it watches. It keeps nothing open on that filesystem while it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,11 +38,16 @@ class MovedIn:
     path: bytes
 
 
+Suspects = Mapping[str, Mapping[bytes, int]]
+"""Layer name -> path -> `Kind` bits of what happened there."""
+
+
 @dataclass
 class Batch:
     """What one collection of a source's queue amounts to."""
 
     changes: list[Change]
+    """What was looked at; `look`, where there is one, adds the rest."""
     records: dict[str, int]
     """Layer name -> raw events read for it."""
     read_ns: int
@@ -52,6 +57,10 @@ class Batch:
     barriers: tuple[bytes, ...] = ()
     overflow: bool = False
     moved_in: tuple[MovedIn, ...] = ()
+    suspects: Suspects | None = None
+    """Known before anything was looked at, so that repair need not wait for that; None: all is in `changes`."""
+    look: Callable[[], list[Change]] | None = None
+    """Look at what the suspects and written files are now; to be called once, in the worker's thread."""
 
 
 class Source(Protocol):

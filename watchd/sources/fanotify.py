@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import time
+from functools import partial
 
 from watchd.errors import LayerError, UnsupportedError
 from watchd.kernel import fanotify as fan
@@ -28,8 +29,12 @@ from watchd.sources.look import Place, Touch, look
 from watchd.sources.tree import DirectoryTree
 from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
 
+FIRST_READ_BYTES = 32 * 1024
 READ_BYTES = 256 * 1024
-BATCH_BYTES = 2 * 1024 * 1024
+EVENT_MAX_BYTES = 8 * 1024
+"""More than any event takes: two names of 255 bytes and three handles of 128."""
+
+BATCH_BYTES = 512 * 1024
 """At most so much is merged into one batch, which bounds both memory and the time to the first repair."""
 
 STRUCTURE_MASK = fan.FAN_CREATE | fan.FAN_DELETE | fan.FAN_RENAME | fan.FAN_ATTRIB | fan.FAN_ONDIR
@@ -110,33 +115,43 @@ class FanotifySource:
         self._tree.begin()
         moved_in = self._learn_directories(events)
         directories, barriers = self._by_directory(events)
-        changes: list[Change] = []
+        groups: list[tuple[bytes, Place, list[Touch]]] = []
         counts: dict[str, int] = {}
+        suspects: dict[str, dict[bytes, int]] = {}
         for handle, names in directories.items():
-            before = len(changes)
             for place in self._tree.places(handle):
-                self._look(handle, place, names, events, now_ns, changes)
-                counts[place.layer] = counts.get(place.layer, 0) + len(changes) - before
+                touches = self._touches(place, names, events)
+                groups.append((handle, place, touches))
+                counts[place.layer] = counts.get(place.layer, 0) + len(touches)
+                stale = suspects.setdefault(place.layer, {})
+                for touch in touches:
+                    if touch.kinds != Kind.MODIFY:
+                        stale[place.child(touch.name)] = touch.kinds
         return Batch(
-            changes=changes,
+            changes=[],
             records=counts,
             read_ns=read_ns,
             complete_ns=now_ns if emptied else 0,
             barriers=barriers,
             overflow=events.overflow,
             moved_in=moved_in,
+            suspects=suspects,
+            look=partial(self._look, groups, now_ns),
         )
 
     def _read(self, events: Events) -> bool:
         """Read and merge what is queued; true if the queue was emptied."""
-        taken = 0
+        taken, wanted = 0, FIRST_READ_BYTES
         while taken < BATCH_BYTES:
             try:
-                data = os.read(self._group, READ_BYTES)
+                data = os.read(self._group, wanted)
             except BlockingIOError:
                 return True
             decode(data, events)
+            if len(data) < wanted - EVENT_MAX_BYTES:
+                return True  # another event would have fitted in, so there was none
             taken += len(data)
+            wanted = READ_BYTES
         return False
 
     def _learn_directories(self, events: Events) -> tuple[MovedIn, ...]:
@@ -173,16 +188,8 @@ class FanotifySource:
             directories.setdefault(file_handle(directory), []).append((name, value, key))
         return directories, tuple(barriers)
 
-    def _look(
-        self,
-        handle: bytes,
-        place: Place,
-        names: list[tuple[bytes, int, bytes]],
-        events: Events,
-        now_ns: int,
-        changes: list[Change],
-    ) -> None:
-        touches = [
+    def _touches(self, place: Place, names: list[tuple[bytes, int, bytes]], events: Events) -> list[Touch]:
+        return [
             Touch(
                 name,
                 self._kinds_of(value & MASK),
@@ -192,12 +199,17 @@ class FanotifySource:
             )
             for name, value, key in names
         ]
-        descriptor = self._tree.open(handle)
-        try:
-            changes.extend(look(descriptor, place, touches, now_ns))
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
+
+    def _look(self, groups: list[tuple[bytes, Place, list[Touch]]], now_ns: int) -> list[Change]:
+        changes: list[Change] = []
+        for handle, place, touches in groups:
+            descriptor = self._tree.open(handle)
+            try:
+                changes += look(descriptor, place, touches, now_ns)
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+        return changes
 
     def _renamed_from(self, old: bytes, layer: str) -> bytes | None:
         directory, name = split(old)

@@ -6,9 +6,9 @@ Facts and what they mean for us
 * A directory that appears has no watches in it: it is watched first and listed then, and what is found is told as created.
   What was created between the two is told twice, nothing is missed. Whether a directory is known already the kernel knows
   best: inotify_add_watch of a directory that is watched gives its watch descriptor again.
-* A walk sees the tree later than the events that were queued before it ended, so those may contradict it. A walk that was led
-  astray by a rename has the rename still in the queue: until the queue was emptied once after a walk, a directory
-  that was renamed is walked again.
+* A walk sees the tree later than the events that were queued before it ended, so those may contradict it. A walk that did not
+  find what it looked for was led astray by a rename that is still in the queue: until the queue was emptied once after
+  that, a directory that was renamed is walked again.
 * The watch of a directory that was moved out of the layer goes on; it is removed when its other half has not come by the next
   `idle`. Removing a watch queues IN_IGNORED, so many are removed in slices, lest that overflows the queue.
 * A watch holds its inode but not its filesystem: umount works, and queues IN_UNMOUNT.
@@ -37,7 +37,7 @@ from watchd.errors import LayerError, UnsupportedError
 from watchd.records import Change, Kind
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
-from watchd.sources.walk import O_PATH_DIRECTORY, Directory, Walk, open_below
+from watchd.sources.walk import O_PATH_DIRECTORY, Directory, Walk, join, open_below
 from watchd.sources.watchtree import ROOT, WatchTree
 from watchd.wire.inotify import IN_CREATE, IN_IGNORED, IN_MOVED_FROM, IN_MOVED_TO, IN_UNMOUNT, Events, Key, Step, decode
 
@@ -65,13 +65,14 @@ _DIRECTORY_MASK: int = (
     | pyinotify.IN_ONLYDIR
     | pyinotify.IN_EXCL_UNLINK
 )
+_CONTENT_MASK: int = pyinotify.IN_MODIFY | pyinotify.IN_CLOSE_WRITE
 _BARRIER_MASK: int = pyinotify.IN_CREATE | pyinotify.IN_ONLYDIR | pyinotify.IN_MASK_ADD
 
 _KINDS: tuple[tuple[int, Kind], ...] = (
     (pyinotify.IN_CREATE, Kind.CREATE),
     (pyinotify.IN_DELETE, Kind.DELETE),
     (pyinotify.IN_MOVED_FROM | pyinotify.IN_MOVED_TO, Kind.RENAME),
-    (pyinotify.IN_MODIFY | pyinotify.IN_CLOSE_WRITE, Kind.MODIFY),
+    (_CONTENT_MASK, Kind.MODIFY),
     (pyinotify.IN_ATTRIB, Kind.ATTRIB),
 )
 
@@ -145,17 +146,21 @@ class InotifySource:
 
     backend = "inotify"
 
-    def __init__(self, *, barrier_directory: bytes | None = None) -> None:
-        """Raises LayerError when there is no instance to be had, OSError when the barrier directory cannot be watched."""
+    def __init__(self, *, barrier_directory: bytes | None = None, content: bool = True) -> None:
+        """`content`: in-place writes too.
+
+        Raises LayerError when there is no instance to be had, OSError when the barrier directory cannot be watched.
+        """
         self._instance = Instance()
+        self._mask = _DIRECTORY_MASK if content else _DIRECTORY_MASK & ~_CONTENT_MASK
         self._layer: WatchedLayer | None = None
         self._tree = WatchTree()
         self._root = self._barrier = self._clone_descriptor = -1
         self._departures: dict[int, Key] = {}
         self._departed: dict[int, int] = {}
         self._retired: deque[int] = deque()
-        self._walked = False
-        """Since the queue was last emptied, something was opened that events not yet read may contradict."""
+        self._astray = False
+        """Since the queue was last emptied, a directory was not found where it was looked for."""
         if barrier_directory is not None:
             self._watch_barrier(barrier_directory)
 
@@ -215,10 +220,10 @@ class InotifySource:
         touched = events.names.get(self._barrier, {})
         barriers = tuple(name for name, mask in touched.items() if mask & pyinotify.IN_CREATE)
         batch = Batch([], {}, read_ns, time_ns if emptied else 0, barriers, events.overflow)
-        unsettled, self._walked = self._walked, self._walked and not emptied
+        astray, self._astray = self._astray, self._astray and not emptied
         if self._layer is not None:
             batch.records[self._layer.name] = events.records - len(barriers)
-            self._process(self._layer, events, batch, time_ns=time_ns, unsettled=unsettled)
+            self._process(self._layer, events, batch, time_ns=time_ns, astray=astray)
         self._retire()
         return batch
 
@@ -240,11 +245,11 @@ class InotifySource:
             if total >= BATCH_BYTES:
                 return events, time_ns, False
 
-    def _process(self, layer: WatchedLayer, events: Events, batch: Batch, *, time_ns: int, unsettled: bool) -> None:
+    def _process(self, layer: WatchedLayer, events: Events, batch: Batch, *, time_ns: int, astray: bool) -> None:
         arrivals, ended = self._follow(events.steps)
         found = _Found(layer.name, time_ns, events.names)
         for key, arrival in arrivals.items():
-            self._settle(key, arrival, found, unsettled=unsettled)
+            self._settle(key, arrival, found, astray=astray)
         batch.changes += self._look(layer, events, time_ns)
         batch.changes += found.changes
         batch.moved_in = tuple(found.moved_in)
@@ -266,12 +271,13 @@ class InotifySource:
                 ended.append(wd)
             elif mask & IN_MOVED_TO:
                 moved = self._departed.pop(cookie, 0) or departed_before.pop(cookie, 0)
-                if moved in self._tree:
+                if moved in self._tree and wd in self._tree:
                     self._tree.place(moved, wd, name)
                 arrivals[wd, name] = moved or MOVED_IN
             elif mask & IN_CREATE:
                 arrivals[wd, name] = CREATED
             else:
+                arrivals.pop((wd, name), None)
                 gone = self._tree.leave(wd, name)
                 if gone is not None and mask & IN_MOVED_FROM:
                     self._departed[cookie] = gone
@@ -285,46 +291,59 @@ class InotifySource:
         if wd == self._barrier:
             raise OSError(errno.ESTALE, "the barrier directory is gone")
 
-    def _settle(self, key: Key, arrival: int, found: _Found, *, unsettled: bool) -> None:
+    def _settle(self, key: Key, arrival: int, found: _Found, *, astray: bool) -> None:
         """See what directory has this name now; watch it and all below if that may not be so yet."""
         parent, name = key
-        base = self._tree.path(parent)
-        if base is None:
+        path = self._tree.path(parent)
+        if path is None:
             return
-        self._walked = True
-        again = arrival == MOVED_IN or (arrival != CREATED and unsettled)
-        found.top = base + b"/" + name if base else name
-        found.again = arrival == MOVED_IN
-        self._watch(found.top, key, found, again=again)
+        directory = self._open(path)
+        try:
+            # Where the parent was renamed since, and another took its name, the parent's own arrival tells of what is in it.
+            if directory is None or not self._is_watched_as(parent, directory):
+                self._astray = True
+                return
+            found.start(path, name, everything=arrival == MOVED_IN)
+            again = arrival == MOVED_IN or (arrival != CREATED and astray)
+            self._watch(directory, key, found, again=again)
+        finally:
+            if directory is not None:
+                os.close(directory)
+
+    def _is_watched_as(self, wd: int, directory: int) -> bool:
+        """Whether this open directory is the one with that watch; only inotify itself knows for sure."""
+        actual = self._add(directory)
+        if actual not in self._tree:
+            self._retired.append(actual)
+        return actual == wd
 
     def _watch_everything(self) -> set[int]:
-        self._walked = True
-        seen = self._watch(b"", (ROOT, b""), None, again=True)
+        seen = self._watch(self._clone(), (ROOT, b""), None, again=True)
         self._root = self._tree.wd_at(ROOT, b"")
         return seen
 
-    def _watch(self, path: bytes, key: Key, found: _Found | None, *, again: bool) -> set[int]:
-        """Watch a directory and all below it; with `again` also below it if it is watched already."""
-        walk = Walk(self._clone(), path, failed=self._failed)
+    def _watch(self, base: int, key: Key, found: _Found | None, *, again: bool) -> set[int]:
+        """Watch a name in an open directory and all below it; with `again` also below it if it is watched already."""
+        walk = Walk(base, key[1], failed=self._failed)
         seen = set()
         for directory in walk:
             above = directory.parent
-            wd = directory.tag = self._add(directory)
-            is_new = self._tree.place(wd, above.tag, directory.name) if above else self._tree.place(wd, *key)
+            wd = directory.tag = self._add(directory.descriptor)
+            is_news = self._tree.place(wd, above.tag, directory.name) if above else self._tree.place(wd, *key)
             seen.add(wd)
-            if found is not None and (is_new or found.again):
+            if found is not None and found.is_to_be_told(directory, is_news=is_news):
                 directory.descend = found.tell(directory, walk.entries(directory))
-            elif is_new or again or above:
+            elif is_news or again or above:
                 directory.descend = walk.subdirectories(directory)
         return seen
 
-    def _add(self, directory: Directory) -> int:
+    def _add(self, directory: int) -> int:
         try:
-            return self._instance.add(directory.descriptor, _DIRECTORY_MASK)
+            return self._instance.add(directory, self._mask)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise self._too_many() from None
-            raise _unwatchable(directory.path, error) from None
+            raise _unwatchable(os.fsencode(os.readlink(f"/proc/self/fd/{directory}")), error) from None
 
     def _too_many(self) -> LayerError:
         limit = _limit("max_user_watches")
@@ -343,6 +362,7 @@ class InotifySource:
         """What vanished is told by events; anything else would leave a hole in what is watched."""
         if not path or error.errno not in _VANISHED:
             raise _unwatchable(path, error) from None
+        self._astray = True
 
     def _look(self, layer: WatchedLayer, events: Events, time_ns: int) -> list[Change]:
         self._name_selves(events.names)
@@ -382,7 +402,7 @@ class InotifySource:
         base = self._tree.path(key[0]) if key else None
         if key is None or base is None:
             return None
-        return base + b"/" + key[1] if base else key[1]
+        return join(base, key[1])
 
     def _open(self, path: bytes) -> int | None:
         try:
@@ -429,12 +449,23 @@ class _Found:
         self._layer = layer
         self._time_ns = time_ns
         self._touched = touched
-        self.top = b""
-        """The directory that appeared."""
-        self.again = False
-        """Whether to tell of directories too that were watched already: it was out of the layer for a while."""
+        self._base = self._top = b""
+        self._everything = False
+        self._told: set[int] = set()
         self.changes: list[Change] = []
         self.moved_in: dict[MovedIn, None] = {}
+
+    def start(self, base: bytes, top: bytes, *, everything: bool) -> None:
+        """The name `top` appeared in the directory `base`; with `everything` it may be watched from before it left."""
+        self._base, self._top, self._everything = base, top, everything
+        self._told.clear()
+
+    def is_to_be_told(self, directory: Directory, *, is_news: bool) -> bool:
+        """Whether to tell of its entries: it, or a directory above it, is new here, though maybe watched elsewhere before."""
+        if not (is_news or self._everything or (directory.parent and directory.parent.tag in self._told)):
+            return False
+        self._told.add(directory.tag)
+        return True
 
     def tell(self, directory: Directory, entries: Iterable[tuple[bytes, bool, os.DirEntry[str]]]) -> list[bytes]:
         """Tell of these; returns the names of the directories among them."""
@@ -446,10 +477,10 @@ class _Found:
             if name in touched:
                 continue
             if len(self.changes) < FOUND_LIMIT:
-                path = directory.child(name)
+                path = join(self._base, directory.child(name))
                 self.changes.append(
                     Change(self._time_ns, self._layer, path, Kind.CREATE, True, is_dir, inode=entry.inode())
                 )
             else:
-                self.moved_in[MovedIn(self._layer, self.top)] = None
+                self.moved_in[MovedIn(self._layer, join(self._base, self._top))] = None
         return subdirectories

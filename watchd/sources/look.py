@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from watchd.records import Change
 
 SELF = b"."
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True, gc=False):
     """Where a directory lies: in which layer, at which path from its root (b"" is the root)."""
 
     layer: str
@@ -30,8 +30,7 @@ class Place:
         return self.path + b"/" + name if self.path else name
 
 
-@dataclass(frozen=True, slots=True)
-class Touch:
+class Touch(msgspec.Struct, frozen=True, gc=False):
     """What happened to one name of a directory."""
 
     name: bytes

@@ -23,6 +23,9 @@ from watchd.sources.look import Place
 NODES_MAX = 131_072
 """Directories remembered; about 200 bytes each. At the bound all are forgotten and learned again as they are met."""
 
+PLACES_MAX = 4096
+"""Paths remembered; a batch may add to them until it ends."""
+
 _DELETED = b" (deleted)"
 _PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -34,6 +37,8 @@ class DirectoryTree:
         """`anchors` gives descriptors (not O_PATH) of mounts through which the filesystem's directories can be opened."""
         self._anchors = anchors
         self._nodes: dict[bytes, tuple[bytes, bytes] | None] = {}
+        self._parents: dict[bytes, bytes] = {}
+        """One object for each handle that is a parent, instead of one for each of its children."""
         self._roots: dict[bytes, list[str]] = {}
         self._places: dict[bytes, tuple[Place, ...]] = {}
         self.forgotten = 0
@@ -58,13 +63,15 @@ class DirectoryTree:
     def clear(self) -> None:
         """Forget every directory, for instance because events were lost."""
         self._nodes.clear()
+        self._parents.clear()
         self._places.clear()
 
     def begin(self) -> None:
-        """A new batch begins: places are remembered for its length only, and the bound is kept."""
-        self._places.clear()
+        """A new batch begins: keep the bounds."""
+        if len(self._places) >= PLACES_MAX:
+            self._places.clear()
         if len(self._nodes) >= NODES_MAX:
-            self._nodes.clear()
+            self.clear()
             self.forgotten += 1
 
     def places(self, handle: bytes) -> tuple[Place, ...]:
@@ -77,14 +84,14 @@ class DirectoryTree:
     def created(self, handle: bytes, parent: bytes, name: bytes) -> None:
         """An event told that this directory appeared under `name`; believed if nothing better is known."""
         if self._nodes.get(handle) is None and handle not in self._roots:
-            self._nodes[handle] = (parent, name)
+            self._nodes[handle] = (self._parent(parent), name)
 
     def moved(self, handle: bytes, parent: bytes, name: bytes) -> None:
         """An event told that this directory was renamed: ask the kernel where it is, believe the event if it is gone."""
         self._nodes.pop(handle, None)
         self._places.clear()
         if not self._learn(handle):
-            self._nodes[handle] = (parent, name)
+            self._nodes[handle] = (self._parent(parent), name)
 
     def open(self, handle: bytes) -> int | None:
         """An owned O_PATH descriptor of a directory, None if it is gone."""
@@ -92,6 +99,9 @@ class DirectoryTree:
             with contextlib.suppress(OSError):
                 return open_by_handle_at(anchor, handle, flags=os.O_PATH | os.O_DIRECTORY)
         return None
+
+    def _parent(self, handle: bytes) -> bytes:
+        return self._parents.setdefault(handle, handle)
 
     def _find(self, handle: bytes) -> tuple[Place, ...]:
         found = tuple(Place(layer, b"") for layer in self._roots.get(handle, ()))
@@ -125,7 +135,7 @@ class DirectoryTree:
                     nodes[handle] = None
                     return False
                 try:
-                    parent = name_to_handle_at(above).pack()
+                    parent = self._parent(name_to_handle_at(above).pack())
                     known = parent in nodes
                     nodes[handle] = None if parent == handle else (parent, _name_of(descriptor, above))
                 except OSError:

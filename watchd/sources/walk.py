@@ -28,6 +28,11 @@ PATH_PIECE = 4000
 Failed = Callable[[bytes, OSError], None]
 
 
+def join(path: bytes, name: bytes) -> bytes:
+    """The path of a name in a directory whose path is b"" for the root."""
+    return path + b"/" + name if path else name
+
+
 @dataclass(slots=True, eq=False)
 class Directory:
     """A directory on the walk. Its descriptor is the walk's and open only until the walk goes on."""
@@ -47,7 +52,7 @@ class Directory:
 
     def child(self, name: bytes) -> bytes:
         """The path of a name in this directory."""
-        return self.path + b"/" + name if self.path else name
+        return join(self.path, name)
 
     def is_leaf(self) -> bool:
         """Whether this surely has no subdirectories, known without listing it; False may mean anything. Raises OSError."""

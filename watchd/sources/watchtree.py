@@ -6,6 +6,7 @@ Facts
 * Events tell of renames in order, but a walk sees the tree as it is at that moment, which is later than events still queued.
   Both place watches here, and the later word wins. What is overruled becomes a suspect: it is either placed again by an
   event or a look that comes soon, or it is lost: out of the layer, or gone and only held open by somebody.
+* A layer may have hundreds of thousands of directories. One bytes object for a parent and a name is half the size of a tuple.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ from watchd.wire.inotify import Key
 
 ROOT = 0
 """Stands for the parent of the layer's root; inotify's watch descriptors begin at 1."""
+_WD_LEN = 4
+
+
+def _pack(parent: int, name: bytes) -> bytes:
+    return parent.to_bytes(_WD_LEN, "little") + name
+
+
+def _unpack(key: bytes) -> Key:
+    return int.from_bytes(key[:_WD_LEN], "little"), key[_WD_LEN:]
 
 
 class WatchTree:
@@ -24,8 +34,8 @@ class WatchTree:
     __slots__ = ("_paths", "_places", "_suspects", "_wds")
 
     def __init__(self) -> None:
-        self._places: dict[int, Key] = {}
-        self._wds: dict[Key, int] = {}
+        self._places: dict[int, bytes] = {}
+        self._wds: dict[bytes, int] = {}
         self._suspects: set[int] = set()
         self._paths: dict[int, bytes | None] = {ROOT: b""}
 
@@ -42,15 +52,16 @@ class WatchTree:
 
     def place_of(self, wd: int) -> Key | None:
         """The parent and the name of a directory, as far as known."""
-        return self._places.get(wd)
+        key = self._places.get(wd)
+        return None if key is None else _unpack(key)
 
     def wd_at(self, parent: int, name: bytes) -> int:
         """The watch that stands for this name. Raises KeyError."""
-        return self._wds[parent, name]
+        return self._wds[_pack(parent, name)]
 
     def place(self, wd: int, parent: int, name: bytes) -> bool:
-        """The directory `wd` is this name in that parent now; returns whether it is a new one."""
-        key = (parent, name)
+        """The directory `wd` is this name in that parent now; returns whether that is news."""
+        key = _pack(parent, name)
         other = self._wds.get(key)
         old = self._places.get(wd)
         if other == wd and old is not None:
@@ -63,11 +74,11 @@ class WatchTree:
             self._suspects.add(other)
         self._places[wd] = key
         self._wds[key] = wd
-        return old is None
+        return True
 
     def leave(self, parent: int, name: bytes) -> int | None:
         """Nothing watched has this name any more; returns what had it. It is lost unless it is placed again."""
-        wd = self._wds.pop((parent, name), None)
+        wd = self._wds.pop(_pack(parent, name), None)
         if wd is not None:
             self._suspects.add(wd)
         return wd
@@ -89,11 +100,11 @@ class WatchTree:
         while wd not in paths:
             # Contradicting words may make a circle for a while: climbing ends where it began.
             paths[wd] = None
-            key = self._places.get(wd)
-            if key is None:
+            place = self.place_of(wd)
+            if place is None:
                 break
-            climbed.append((wd, key[1]))
-            wd = key[0]
+            climbed.append((wd, place[1]))
+            wd = place[0]
         path = paths[wd]
         for below, name in reversed(climbed):
             if path is not None:
@@ -123,10 +134,10 @@ class WatchTree:
         while wd not in verdicts:
             verdicts[wd] = True  # for the end of a circle; a parent that is not known counts as lost too
             climbed.append(wd)
-            key = self._places.get(wd)
-            if key is None:
+            place = self.place_of(wd)
+            if place is None:
                 break
-            wd = key[0]
+            wd = place[0]
         verdict = verdicts[wd]
         for below in climbed:
             verdicts[below] = verdict

@@ -12,6 +12,7 @@ import select
 import struct
 import termios
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -25,9 +26,16 @@ from watchd.sources.base import Batch, Source
 LINGER_MS = 20
 """So long after the last event the source keeps what it opened; then it lets go."""
 
+FLUSH_MS = 1
+FLUSH_MAX_NS = 5_000_000
+"""Batches are repaired at once and recorded a little later, so that the recording does not compete for the interpreter with
+the repair: when nothing came for FLUSH_MS, or FLUSH_MAX_NS after the first of them."""
+
 GATHER_RECORDS = 2000
 GATHER_MS = 5
-"""After a batch of so many changes the next read waits a little, so that the kernel merges more into each record."""
+"""After a batch of so many names the next read waits a little, so that the kernel merges more into each record."""
+
+STOP_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
 _INT = struct.Struct("=i")
@@ -39,13 +47,16 @@ class Sink(Protocol):
     def batch(self, worker: Worker, batch: Batch) -> None:
         """A collection of the source."""
 
+    def flush(self) -> None:
+        """A moment of rest, or time to record what was told."""
+
     def lost(self, worker: Worker, error: Exception) -> None:
         """The source broke; nothing more will come from it."""
 
 
 @dataclass
 class _Scan:
-    slices: Generator[list[Change], None, None]
+    slices: Generator[list[Change], None, object]
     found: Callable[[list[Change]], None]
     done: Callable[[Exception | None], None]
 
@@ -62,6 +73,7 @@ class Worker(threading.Thread):
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._broken = False
+        self._unflushed_ns = 0
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -88,7 +100,7 @@ class Worker(threading.Thread):
 
     def scan(
         self,
-        slices: Generator[list[Change], None, None],
+        slices: Generator[list[Change], None, object],
         found: Callable[[list[Change]], None],
         done: Callable[[Exception | None], None],
     ) -> None:
@@ -111,8 +123,9 @@ class Worker(threading.Thread):
             self._stopping = True
             os.eventfd_write(self._wake, 1)
         if self.is_alive():
-            self.join()
-        os.close(self._wake)
+            self.join(STOP_TIMEOUT_S)
+        if not self.is_alive():
+            os.close(self._wake)  # else it hangs on its filesystem, and ends with the process
 
     def run(self) -> None:
         poll = select.poll()
@@ -127,10 +140,7 @@ class Worker(threading.Thread):
             self.source.close()
 
     def _step(self, poll: select.poll) -> None:
-        ready = {descriptor for descriptor, _ in poll.poll(0 if self._scans else LINGER_MS)}
-        if not ready and not self._scans:
-            self._guard(self.source.idle)
-            ready = {descriptor for descriptor, _ in poll.poll()}
+        ready = self._wait(poll)
         if self._wake in ready:
             self._run_work()
         if not self._broken and self.source.fileno() in ready:
@@ -139,6 +149,23 @@ class Worker(threading.Thread):
                 poll.unregister(self.source.fileno())
         elif self._scans:
             self._continue_scan(self._scans[0])
+
+    def _wait(self, poll: select.poll) -> set[int]:
+        """Wait for something to do; on the way to a long sleep, flush and let go of what is open."""
+        if self._scans:
+            return {descriptor for descriptor, _ in poll.poll(0)}
+        if self._unflushed_ns:
+            if ready := poll.poll(FLUSH_MS):
+                return {descriptor for descriptor, _ in ready}
+            self._flush()
+        if ready := poll.poll(LINGER_MS):
+            return {descriptor for descriptor, _ in ready}
+        self._guard(self.source.idle)
+        return {descriptor for descriptor, _ in poll.poll()}
+
+    def _flush(self) -> None:
+        self._unflushed_ns = 0
+        self._sink.flush()
 
     def _run_work(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -151,7 +178,11 @@ class Worker(threading.Thread):
         if batch is None:
             return
         self._sink.batch(self, batch)
-        if len(batch.changes) >= GATHER_RECORDS and not batch.barriers:
+        now_ns = time.monotonic_ns()
+        self._unflushed_ns = self._unflushed_ns or now_ns
+        if batch.barriers or now_ns - self._unflushed_ns > FLUSH_MAX_NS:
+            self._flush()
+        if sum(batch.records.values()) >= GATHER_RECORDS and not batch.barriers:
             select.select([self._wake], [], [], GATHER_MS / 1000)
 
     def _guard(self, step: Callable[[], None]) -> None:
@@ -163,6 +194,7 @@ class Worker(threading.Thread):
         except Exception as error:
             self._broken = True
             self._sink.lost(self, error)
+            self._flush()
 
     def _continue_scan(self, scan: _Scan) -> None:
         try:
@@ -170,9 +202,11 @@ class Worker(threading.Thread):
         except Exception as error:
             self._scans.remove(scan)
             scan.done(error)
+            self._flush()
             return
         if changes is None:
             self._scans.remove(scan)
             scan.done(None)
         elif changes:
             scan.found(changes)
+        self._flush()

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from demo.cases import CASES
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = (sys.executable, "-m", "demo")
+
+
+def test_the_demo_heals_every_unpinned_case_and_leaves_nothing_behind() -> None:
+    before = set(Path("/tmp").glob("watchd-demo-*"))
+    done = subprocess.run(DEMO, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    for case in CASES:
+        row = next(line for line in done.stdout.splitlines() if line.strip().startswith(case.name))
+        assert case.after in row or "pinned: reported by `watchd sync`" in row
+    assert done.stdout.count(": replaced\n") == sum(case.pin is not None for case in CASES)
+    assert set(Path("/tmp").glob("watchd-demo-*")) <= before
+
+
+def test_who_may_not_mount_is_told_so_in_one_line() -> None:
+    command = ("setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", *DEMO)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("demo: root may not mount here")
+    assert done.stderr.count("\n") == 1
