@@ -47,7 +47,9 @@ def build_target(
         open=functools.partial(_open_merged, overlay, courier),
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
-        renames_directories=overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
+        # Shown as on wherever there is no upper, where nothing can be renamed.
+        renames_directories=overlay.upperdir is not None
+        and overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
         observe=observe,
         budget=budget,
     )
