@@ -42,8 +42,9 @@ def test_a_pinned_file_is_not_called_coherent(sandbox: Sandbox, daemon: Daemon, 
     assert done.returncode == 1
     assert f"{os.fsdecode(merged)}/d/file: {kind}" in done.stdout
     mount = daemon.mount(merged)
-    assert mount["state"] == "stale"
+    assert mount["state"] == "pinned"
     assert [(stale["path"], stale["kind"]) for stale in mount["stale"]] == [("d/file", kind)]
+    assert {"pid": holder.pid, "command": "sh", "how": "open"} in mount["stale"][0]["pinned_by"]
     let_go(holder)
     assert daemon.verb("sync", merged).returncode == 0
     assert os.path.exists(merged + b"/d/file") == (kind == "replaced")

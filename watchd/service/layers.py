@@ -53,6 +53,8 @@ MARKS_MAX = 1000
 """Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
 desync then stays open in the journal, which tells readers all the same."""
 
+OVERLAYFS_MAGIC = 0x794C7630
+
 SEQUENCES_KEPT = 4096
 
 ROOM_INTERVAL_S = 0.05
@@ -119,6 +121,8 @@ class LayerBook:
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
+        self._starting: list[Worker] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._taken_in = threading.Event()
@@ -152,6 +156,7 @@ class LayerBook:
             self._desync(layer, "source-lost")
         self._names.release(layer.name)
         await self._unwatch(layer)
+        layer.become("failed", "not watched any more")  # for whoever waits for it
         self.reroute()
 
     def reroute(self) -> None:
@@ -182,10 +187,16 @@ class LayerBook:
         for backend in self._candidates(layer):
             try:
                 worker = self._worker(backend, layer)
-                await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+                self._starting.append(worker)
+                try:
+                    await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+                finally:
+                    self._starting.remove(worker)
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
+                if layer.directory.magic == OVERLAYFS_MAGIC:
+                    break  # no inotify: its watches would pin what they watch in the inner overlay's cache
             except (WatchdError, OSError) as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
@@ -195,7 +206,8 @@ class LayerBook:
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
-        log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+        if layer.directory.magic != OVERLAYFS_MAGIC:  # the mount book knows better
+            log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -245,11 +257,18 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-        used = {layer.worker for layer in self.layers.values()}
-        for key, worker in list(self._workers.items()):
-            if worker not in used:
-                del self._workers[key]
-                await self._loop.run_in_executor(None, worker.stop)
+        used = {*self._starting, *(layer.worker for layer in self.layers.values())}
+        unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
+        for key, _ in unused:
+            del self._workers[key]
+        self._release_barriers()
+        for _, worker in unused:
+            await self._loop.run_in_executor(None, worker.stop)
+
+    def _discard_soon(self) -> None:
+        task = self._loop.create_task(self._discard_unused())
+        self._tasks.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._tasks.discard)
 
     # ---- what the workers tell (called in their threads) ------------------------------------------------------------
 
@@ -374,7 +393,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = 0.0
-        self._loop.create_task(self._discard_unused())
+        self._discard_soon()
 
     def _recover(self, layer: Layer) -> None:
         """Find what was missed: the source first, so that nothing falls between, then a scan."""
@@ -419,7 +438,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = time.monotonic() + RETRY_S
-            self._loop.create_task(self._discard_unused())
+            self._discard_soon()
             return
         if layer.scan_again:
             self._recover(layer)
