@@ -185,7 +185,7 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_verb(*arguments: str, stdout: int, config: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from watchd.cli import main; main()", *arguments]
-    environment = os.environ | {"WATCHD_CONFIG": str(config)}
+    environment = os.environ | {"WATCHD_CONFIG": str(config), "PYTHONUNBUFFERED": ""}  # buffered, as users have it
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, check=False)
 
 

@@ -34,6 +34,7 @@ def build_target(
     return Target(
         device=overlay.device,
         mount_point=primary_point(overlay).path,
+        mount_points=tuple({point.path: None for point in overlay.mount_points if point.root == b"/"}),
         layers=tuple(
             LayerRoot(
                 layer.path,

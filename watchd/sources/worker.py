@@ -83,6 +83,9 @@ class Worker(threading.Thread):
         def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return
+            if self._stopping:
+                future.set_exception(WatchdError("the source was stopped"))
+                return
             try:
                 result = work()
             except Exception as error:
@@ -135,6 +138,7 @@ class Worker(threading.Thread):
             while not self._stopping:
                 self._step(poll)
         finally:
+            self._run_work()  # whoever waits for an answer gets one
             for scan in self._scans:
                 scan.slices.close()
             self.source.close()
@@ -147,7 +151,7 @@ class Worker(threading.Thread):
             self._guard(self._collect)
             if self._broken:
                 poll.unregister(self.source.fileno())
-        elif self._scans:
+        if self._scans:  # even if events never stop
             self._continue_scan(self._scans[0])
 
     def _wait(self, poll: select.poll) -> set[int]:
