@@ -77,6 +77,8 @@ class Layer:
     devices: set[str] = field(default_factory=set)
     configured: bool = False
     worker: Worker | None = None
+    starting: Worker | None = None
+    """Is asked to watch the layer and has not answered yet."""
     state: str = "scanning"
     reason: str = ""
     complete_ns: int = 0
@@ -181,8 +183,7 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-                worker = self._worker(backend, layer)
-                await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+                await self._start(layer, self._worker(backend, layer))
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
@@ -191,11 +192,21 @@ class LayerBook:
                 await self._discard_unused()
                 break
             else:
-                layer.worker = worker
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
         log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+
+    async def _start(self, layer: Layer, worker: Worker) -> None:
+        """Have the worker watch the layer. Raises as `Source.add`."""
+        layer.starting = worker
+        try:
+            await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+        finally:
+            layer.starting = None
+        if worker.is_broken:  # its loss may have been told before it was the layer's
+            raise LayerError("its source was lost as soon as it was there")
+        layer.worker = worker
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -245,10 +256,11 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-        used = {layer.worker for layer in self.layers.values()}
         for key, worker in list(self._workers.items()):
-            if worker not in used:
+            is_used = any(worker in (layer.worker, layer.starting) for layer in self.layers.values())
+            if not is_used and self._workers.get(key) is worker:  # others are at it too
                 del self._workers[key]
+                self._release_barriers()
                 await self._loop.run_in_executor(None, worker.stop)
 
     # ---- what the workers tell (called in their threads) ------------------------------------------------------------
