@@ -378,6 +378,8 @@ class LayerBook:
                 layer.scan_again = True
             else:
                 self._recover(layer)
+        # What was lost may have been the event of a barrier; whoever waits for it waits for the scan now.
+        self._reached(worker, list(self._barriers))
 
     def _source_lost(self, worker: Worker, error: Exception) -> None:
         log.warning("a source was lost: %s", error)
