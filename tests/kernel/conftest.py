@@ -28,9 +28,7 @@ def _always_own_mount_namespace(own_mount_namespace: None) -> None:
 
 
 @pytest.fixture
-def sandbox(
-    own_mount_namespace: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Sandbox]:
+def sandbox(own_mount_namespace: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """A tmpfs to mount on; afterwards nothing of the test may be left."""
     home = tmp_path_factory.getbasetemp()
     before = Belongings(home)

@@ -61,7 +61,10 @@ def test_an_overlay_in_another_namespace_is_kept_true(sandbox: Sandbox, daemon: 
             look(root, known)
         accident.happen(low + b"/d")
         assert daemon.verb("sync", merged).returncode == 0
-        with open_root(seen_as) as root, open_twin(twin, [sandbox.path(b"up"), low], userxattr=in_user_namespace) as true:
+        with (
+            open_root(seen_as) as root,
+            open_twin(twin, [sandbox.path(b"up"), low], userxattr=in_user_namespace) as true,
+        ):
             asked = [*sorted(known), *sorted(names_below(true) - known)]
             assert look(root, asked) == look(true, asked)
         shutil.rmtree(low + b"/d")

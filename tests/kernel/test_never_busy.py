@@ -86,7 +86,9 @@ def test_a_loop_device_can_be_detached(
     for number in range(3):
         image = Image(Path(tmp_path_factory.mktemp("image")), "ext4")
         write(image.path + b"/file", b"old")
-        merged = sandbox.mount_overlay(b"merged", [(b"lowerdir+", image.path), (b"lowerdir+", sandbox.directory(b"low"))])
+        merged = sandbox.mount_overlay(
+            b"merged", [(b"lowerdir+", image.path), (b"lowerdir+", sandbox.directory(b"low"))]
+        )
         os.stat(merged + b"/file")
         if number:
             assert daemon.sync(merged) == []
