@@ -149,9 +149,9 @@ class LayerBook:
 
     async def drop(self, layer: Layer) -> None:
         """Stop watching; the journal says that changes may be missing from now on."""
-        del self.layers[key_of(layer.directory)]
         if layer.complete_ns:
-            self._desync(layer, "source-lost")
+            self._desync(layer, "source-lost")  # while its mark is still kept, so that its return closes this desync
+        del self.layers[key_of(layer.directory)]
         self._names.release(layer.name)
         await self._unwatch(layer)
         self.reroute()
