@@ -34,7 +34,7 @@ class Image:
         file = home / f"{fstype}.image"
         if fstype == "squashfs":
             populate_other(os.fsencode(home / "tree"), shadowing=True)
-            _run("mksquashfs", home / "tree", file, "-quiet", "-no-progress", "-no-compression")
+            _run("mksquashfs", home / "tree", file, "-quiet", "-no-progress", "-noI", "-noD", "-noF", "-noX")
         else:
             with file.open("wb") as blank:
                 blank.truncate(_IMAGE_BYTES)
@@ -116,6 +116,11 @@ def _merged_with_upper(sandbox: Sandbox, changing: bytes) -> Stack:
     return Stack(changing, [_overlay(sandbox, changing, upper=_upper(sandbox, merged=True))])
 
 
+def two_lowers(sandbox: Sandbox, changing: bytes, other: bytes) -> Stack:
+    """A lower over one that stays as it is, and an upper."""
+    return Stack(changing, [_overlay(sandbox, changing, other, upper=_upper(sandbox))])
+
+
 def _first_without_upper(sandbox: Sandbox, changing: bytes) -> Stack:
     populate_other(sandbox.path(b"other"), shadowing=True)
     return Stack(changing, [_overlay(sandbox, changing, sandbox.path(b"other"), upper=None)])
@@ -123,7 +128,7 @@ def _first_without_upper(sandbox: Sandbox, changing: bytes) -> Stack:
 
 def _first_of_two(sandbox: Sandbox, changing: bytes) -> Stack:
     populate_other(sandbox.path(b"other"), shadowing=True)
-    return Stack(changing, [_overlay(sandbox, changing, sandbox.path(b"other"), upper=_upper(sandbox))])
+    return two_lowers(sandbox, changing, sandbox.path(b"other"))
 
 
 def _second_of_two(sandbox: Sandbox, changing: bytes) -> Stack:

@@ -63,6 +63,23 @@ def test_a_mount_that_comes_back_is_kept_again(sandbox: Sandbox, daemon: Daemon,
     assert len(devices) < 20, "no device number came back, so this tested nothing"
 
 
+def test_every_desync_of_a_layer_that_comes_and_goes_is_closed_by_one_resync(sandbox: Sandbox, daemon: Daemon) -> None:
+    daemon.start()
+    sandbox.directory(b"low")
+    for number in range(5):
+        merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+        daemon.sync(merged)
+        sandbox.umount(b"merged")
+        daemon.sync()
+        write(sandbox.path(b"low/%d" % number), b"while nobody looked")
+    daemon.sync(sandbox.overlay(b"merged", b"low", upper=b"up"))
+    log = daemon.log()
+    desyncs = [record["seq"] for record in log if record["type"] == "desync"]
+    assert len(desyncs) == 5
+    assert [record["closes"] for record in log if record["type"] == "resync"] == desyncs
+    assert {str(number) for number in range(5)} <= {record["path"] for record in log if record["type"] == "change"}
+
+
 def test_a_mount_that_is_replaced_by_another_at_once_is_kept(sandbox: Sandbox, daemon: Daemon) -> None:
     for name in (b"one", b"two"):
         write(sandbox.directory(name) + b"/file", name)

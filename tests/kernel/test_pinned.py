@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,19 +14,17 @@ from tests.kernel.running import Daemon
 from tests.kernel.sandbox import Sandbox
 
 
-def hold(path: bytes) -> subprocess.Popen[bytes]:
-    """A process that has the file open and says so."""
+@contextlib.contextmanager
+def held(path: bytes) -> Iterator[int]:
+    """A process that has the file open."""
     command = ["sh", "-c", 'exec 3<"$0"; echo; read -r line', path]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"\n"
-    return holder
-
-
-def let_go(holder: subprocess.Popen[bytes]) -> None:
-    """End it."""
-    holder.communicate(b"\n")
-    assert holder.returncode == 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        try:
+            yield holder.pid
+        finally:
+            holder.communicate(b"\n")
 
 
 @pytest.mark.parametrize("kind", ["replaced", "ghost"])
@@ -33,19 +33,19 @@ def test_a_pinned_file_is_not_called_coherent(sandbox: Sandbox, daemon: Daemon, 
     populate(low)
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.start()
-    holder = hold(merged + b"/d/file")
-    if kind == "replaced":
-        replace(low + b"/d/file", b"new")
-    else:
-        os.unlink(low + b"/d/file")
-    done = daemon.verb("sync", merged)
-    assert done.returncode == 1
-    assert f"{os.fsdecode(merged)}/d/file: {kind}" in done.stdout
-    mount = daemon.mount(merged)
-    assert mount["state"] == "pinned"
-    assert [(stale["path"], stale["kind"]) for stale in mount["stale"]] == [("d/file", kind)]
-    assert {"pid": holder.pid, "command": "sh", "how": "open"} in mount["stale"][0]["pinned_by"]
-    let_go(holder)
+    with held(merged + b"/d/file") as holder:
+        if kind == "replaced":
+            replace(low + b"/d/file", b"new")
+        else:
+            os.unlink(low + b"/d/file")
+        done = daemon.verb("sync", merged)
+        assert done.returncode == 1
+        assert f"{os.fsdecode(merged)}/d/file: {kind}" in done.stdout
+        mount = daemon.mount(merged)
+        assert mount["state"] == "pinned"
+        [stale] = mount["stale"]
+        assert (stale["path"], stale["kind"]) == ("d/file", kind)
+        assert [(pin["pid"], pin["how"]) for pin in stale["pinned_by"]] == [(holder, "open")]
     assert daemon.verb("sync", merged).returncode == 0
     assert os.path.exists(merged + b"/d/file") == (kind == "replaced")
     assert daemon.mount(merged)["state"] == "coherent"
@@ -61,8 +61,12 @@ def test_a_mount_that_is_hidden_while_its_lower_changes_is_repaired_when_it_show
     os.stat(merged + b"/d/file")
     sandbox.mount_tmpfs(b"merged")
     replace(low + b"/d/file", b"new")
-    daemon.sync()
+    [hidden] = daemon.sync()
+    assert hidden["state"] == "failed"
     sandbox.umount(b"merged")
     assert daemon.sync(merged) == []
     with open(merged + b"/d/file", "rb") as file:
         assert file.read() == b"new"
+    assert {record["type"] for record in daemon.log()} == {"start", "change", "action"}, (
+        "its layers were watched all along"
+    )

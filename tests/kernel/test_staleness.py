@@ -12,7 +12,7 @@ from tests.kernel.accidents import ACCIDENTS, Accident, populate
 from tests.kernel.compare import look, names_below, open_root, open_twin
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import Sandbox
-from tests.kernel.stacks import LAYOUTS, Image, Overlay, Stack, is_makeable
+from tests.kernel.stacks import LAYOUTS, Image, Overlay, Stack, is_makeable, two_lowers
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +107,15 @@ def test_other_filesystems_are_no_different(
     running: Daemon, sandbox: Sandbox, changing: bytes, accident: Accident
 ) -> None:
     put_to(accident, LAYOUTS["merged with upper"](sandbox, changing), running)
+
+
+@pytest.mark.parametrize("filesystem", ["squashfs"], indirect=True)
+@pytest.mark.parametrize("accident", ACCIDENTS.values(), ids=ACCIDENTS)
+def test_a_lower_over_a_squashfs_is_no_different(
+    running: Daemon, sandbox: Sandbox, filesystem: bytes | None, accident: Accident, require: Require
+) -> None:
+    require(filesystem is not None, "mksquashfs")
+    assert filesystem is not None
+    low = sandbox.directory(b"low")
+    populate(low)
+    put_to(accident, two_lowers(sandbox, low, filesystem), running)

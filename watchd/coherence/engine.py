@@ -327,6 +327,9 @@ class Engine:
         self._forward(task, self._outers.get(mount.target.device, ()))
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
+        if round.error:  # nothing was verified, so all of it is still suspect
+            self._gather(mount, task.suspects)
+            mount.must_act |= task.must_act
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
             mount.last_duration_ns = round.duration_ns

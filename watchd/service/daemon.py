@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,11 @@ class Daemon:
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT, or until the journal fails. Raises WatchdError."""
+        for number in (signal.SIGTERM, signal.SIGINT):  # from the beginning, so that no stop is in bad order
+            self._loop.add_signal_handler(number, self._stop.set)
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
             notify(READY=1, STATUS=self._summary(), MAINPID=os.getpid())
             await self._serve()
             notify(STOPPING=1)
@@ -110,8 +113,6 @@ class Daemon:
         self._metrics.reloaded(ok=True, time_s=time.time())
 
     async def _serve(self) -> None:
-        for number, handler in self._signals().items():
-            self._loop.add_signal_handler(number, handler)
         tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
         stop = asyncio.create_task(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
@@ -127,13 +128,6 @@ class Daemon:
             await asyncio.gather(*tasks, stop, return_exceptions=True)
         if self._journal.failed.done():
             raise self._journal.failed.result()
-
-    def _signals(self) -> Mapping[signal.Signals, Callable[[], object]]:
-        return {
-            signal.SIGTERM: self._stop.set,
-            signal.SIGINT: self._stop.set,
-            signal.SIGHUP: lambda: self._tasks.append(asyncio.create_task(self._reload_on_signal())),
-        }
 
     async def _close_journal(self) -> None:
         if self._journal.failed.done():
@@ -260,21 +254,24 @@ class Daemon:
 
     async def _reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
         reloading()
+        ok = False
         try:
-            loaded = await self._loop.run_in_executor(None, load, self._config_file)
-            self._control.permit(loaded.config.control)
-        except WatchdError:
-            self._metrics.reloaded(ok=False, time_s=time.time())
-            raise
+            result = await self._reconfigure()
+            ok = True
+            return result
         finally:
+            self._metrics.reloaded(ok=ok, time_s=time.time())
             notify(READY=1, STATUS=self._summary())
+
+    async def _reconfigure(self) -> dict[str, Any]:
+        loaded = await self._loop.run_in_executor(None, load, self._config_file)
+        self._control.permit(loaded.config.control)
         old, self._config = self._config, loaded.config
         logs.set_up(loaded.config.log)
         self._tell_unused()
         if loaded.config.metrics != old.metrics:
             self._listen()
         await self._mounts.reconfigure(loaded.config)
-        self._metrics.reloaded(ok=True, time_s=time.time())
         later = [
             key
             for key in ("state_directory", "runtime_directory", "journal")
@@ -282,6 +279,9 @@ class Daemon:
         ]
         log.info("configuration read from %s", ", ".join(map(str, loaded.files)) or "defaults")
         return {"files": [str(file) for file in loaded.files], "after_restart": later}
+
+    def _reload_soon(self) -> None:
+        self._tasks.append(asyncio.create_task(self._reload_on_signal()))
 
     async def _reload_on_signal(self) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]
@@ -317,6 +317,7 @@ class Daemon:
 
 def run(config_file: Path | None) -> None:
     """The daemon, until it is told to stop. Raises WatchdError if it cannot start or its journal fails."""
+    config_file = config_file and config_file.absolute()  # it is read again after the chdir
     loaded = load(config_file)
     config = loaded.config
     logs.set_up(config.log)

@@ -79,6 +79,8 @@ class Layer:
     devices: set[str] = field(default_factory=set)
     configured: bool = False
     worker: Worker | None = None
+    starting: Worker | None = None
+    """Is asked to watch the layer and has not answered yet."""
     state: str = "scanning"
     reason: str = ""
     complete_ns: int = 0
@@ -121,7 +123,6 @@ class LayerBook:
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
-        self._starting: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
@@ -151,9 +152,9 @@ class LayerBook:
 
     async def drop(self, layer: Layer) -> None:
         """Stop watching; the journal says that changes may be missing from now on."""
-        del self.layers[key_of(layer.directory)]
         if layer.complete_ns:
-            self._desync(layer, "source-lost")
+            self._desync(layer, "source-lost")  # while its mark is still kept, so that its return closes this desync
+        del self.layers[key_of(layer.directory)]
         self._names.release(layer.name)
         await self._unwatch(layer)
         layer.become("failed", "not watched any more")  # for whoever waits for it
@@ -186,12 +187,7 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-                worker = self._worker(backend, layer)
-                self._starting.append(worker)
-                try:
-                    await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
-                finally:
-                    self._starting.remove(worker)
+                await self._start(layer, self._worker(backend, layer))
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
@@ -202,12 +198,22 @@ class LayerBook:
                 await self._discard_unused()
                 break
             else:
-                layer.worker = worker
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
         if layer.directory.magic != OVERLAYFS_MAGIC:  # the mount book knows better
             log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+
+    async def _start(self, layer: Layer, worker: Worker) -> None:
+        """Have the worker watch the layer. Raises as `Source.add`."""
+        layer.starting = worker
+        try:
+            await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+        finally:
+            layer.starting = None
+        if worker.is_broken:  # its loss may have been told before it was the layer's
+            raise LayerError("its source was lost as soon as it was there")
+        layer.worker = worker
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -257,13 +263,12 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-        used = {*self._starting, *(layer.worker for layer in self.layers.values())}
-        unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
-        for key, _ in unused:
-            del self._workers[key]
-        self._release_barriers()
-        for _, worker in unused:
-            await self._loop.run_in_executor(None, worker.stop)
+        for key, worker in list(self._workers.items()):
+            is_used = any(worker in (layer.worker, layer.starting) for layer in self.layers.values())
+            if not is_used and self._workers.get(key) is worker:  # others are at it too
+                del self._workers[key]
+                self._release_barriers()
+                await self._loop.run_in_executor(None, worker.stop)
 
     def _discard_soon(self) -> None:
         task = self._loop.create_task(self._discard_unused())
@@ -385,6 +390,8 @@ class LayerBook:
                 layer.scan_again = True
             else:
                 self._recover(layer)
+        # What was lost may have been the event of a barrier; whoever waits for it waits for the scan now.
+        self._reached(worker, list(self._barriers))
 
     def _source_lost(self, worker: Worker, error: Exception) -> None:
         log.warning("a source was lost: %s", error)

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from watchd.coherence.engine import Engine
 from watchd.coherence.target import Outer, Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of, primary_point
@@ -180,7 +182,7 @@ class MountBook:
     def _update(self, mount: Mount, sighting: Sighting) -> None:
         if mount.overlay == sighting.overlay and mount.mount_ids == sighting.mount_ids:
             return
-        mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids
+        mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids or mount.mount_ids
         self._engine.retarget(self._target(mount.overlay, mount.stack))
 
     async def _nest(self) -> None:
@@ -305,7 +307,16 @@ def _same(mount: Mount, sighting: Sighting) -> bool:
     """Whether a sighting is of the mount that is known, layers included, and not of another one with its number."""
     known, now = mount.mount_ids, sighting.mount_ids
     assert sighting.stack is not None
-    return bool(not known or not now or known & now) and _keys(mount.stack) == _keys(sighting.stack)
+    if known and now and not known & now:
+        return False
+    if not now and any(directory.error for directory in sighting.stack.lowers):
+        # Something is mounted over it: what was known of it is better than nothing.
+        return _shown(mount.overlay) == _shown(sighting.overlay)
+    return _keys(mount.stack) == _keys(sighting.stack)
+
+
+def _shown(overlay: Overlay) -> Overlay:
+    return msgspec.structs.replace(overlay, mount_points=())
 
 
 def _keys(stack: ResolvedStack) -> list[Key]:

@@ -76,6 +76,11 @@ class Worker(threading.Thread):
         self._unflushed_ns = 0
         self._lock = threading.Lock()
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the source was lost."""
+        return self._broken
+
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` in the worker's thread."""
         future: Future[T] = Future()
