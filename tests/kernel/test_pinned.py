@@ -65,3 +65,16 @@ def test_a_mount_that_is_hidden_while_its_lower_changes_is_repaired_when_it_show
     assert daemon.sync(merged) == []
     with open(merged + b"/d/file", "rb") as file:
         assert file.read() == b"new"
+
+
+def test_changes_told_while_the_layer_was_out_of_reach_are_not_forgotten(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert not os.path.exists(merged + b"/new")
+    os.rename(low, low + b".away")
+    replace(low + b".away/new", b"new")
+    assert daemon.verb("sync", merged).returncode == 1
+    os.rename(low + b".away", low)
+    assert daemon.verb("sync", merged).returncode == 0
+    assert os.path.exists(merged + b"/new")

@@ -318,6 +318,9 @@ class Engine:
         mount.busy = False
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
+        if round.result == "failed":  # nothing was verified, so all of it is still to be done
+            self._gather(mount, task.suspects)
+            mount.must_act = mount.must_act or task.must_act
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
             mount.last_duration_ns = round.duration_ns
