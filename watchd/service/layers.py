@@ -119,6 +119,8 @@ class LayerBook:
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
+        self._engaged: Worker | None = None
+        """Asked to watch a layer just now, so not to be discarded though no layer has it yet."""
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._taken_in = threading.Event()
@@ -153,6 +155,7 @@ class LayerBook:
         self._names.release(layer.name)
         await self._unwatch(layer)
         self.reroute()
+        layer.become("failed", "not watched any more")  # whoever waits for it goes on
 
     def reroute(self) -> None:
         """Which mounts a layer's changes concern was changed."""
@@ -181,17 +184,16 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-                worker = self._worker(backend, layer)
+                worker = self._engaged = self._worker(backend, layer)
                 await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
-            except UnsupportedError as error:
-                layer.become("failed", str(error))
-                await self._discard_unused()
             except (WatchdError, OSError) as error:
                 layer.become("failed", str(error))
+                self._engaged = None
                 await self._discard_unused()
-                break
+                if not isinstance(error, UnsupportedError):
+                    break
             else:
-                layer.worker = worker
+                layer.worker, self._engaged = worker, None
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
@@ -245,10 +247,11 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-        used = {layer.worker for layer in self.layers.values()}
+        used = {self._engaged, *(layer.worker for layer in self.layers.values())}
         for key, worker in list(self._workers.items()):
             if worker not in used:
                 del self._workers[key]
+                self._release_barriers()
                 await self._loop.run_in_executor(None, worker.stop)
 
     # ---- what the workers tell (called in their threads) ------------------------------------------------------------
