@@ -61,7 +61,10 @@ def test_an_overlay_in_another_namespace_is_kept_true(sandbox: Sandbox, daemon: 
             look(root, known)
         accident.happen(low + b"/d")
         assert daemon.verb("sync", merged).returncode == 0
-        with open_root(seen_as) as root, open_twin(twin, [sandbox.path(b"up"), low], userxattr=in_user_namespace) as true:
+        with (
+            open_root(seen_as) as root,
+            open_twin(twin, [sandbox.path(b"up"), low], userxattr=in_user_namespace) as true,
+        ):
             asked = [*sorted(known), *sorted(names_below(true) - known)]
             assert look(root, asked) == look(true, asked)
         shutil.rmtree(low + b"/d")
@@ -86,3 +89,4 @@ def test_a_tree_moved_into_a_bind_mounted_layer_through_another_mount_is_watched
     os.close(os.open(low + b"/tree/deep/new", os.O_CREAT | os.O_WRONLY))
     assert daemon.sync(merged) == []
     assert os.path.exists(merged + b"/tree/deep/new")
+    assert "tree/deep/new" in daemon.verb("log").stdout

@@ -75,7 +75,9 @@ def openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: i
 
 
 def try_openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: int = CONFINED) -> int:
-    """openat2(2) where not being able to is an everyday answer: an owned descriptor, or -errno. The path may be of any length."""
+    """openat2(2) where not being able to is an everyday answer: an owned descriptor, or -errno.
+
+    The path may be of any length."""
     if len(path) >= _PATH_MAX:
         return _try_in_pieces(dirfd, path, flags=flags, resolve=resolve)
     how = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve)
