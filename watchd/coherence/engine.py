@@ -330,12 +330,16 @@ class Engine:
             mount.rounds_asked -= 1
             self._ask(mount)
         elif (stale or round.error) and not mount.removed:
-            mount.recheck_at_ns = time.monotonic_ns() + mount.recheck_ns
-            mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
-            heapq.heappush(self._delayed, (mount.recheck_at_ns, next(self._tie), mount))
+            if mount.recheck_at_ns == _NEVER:  # else it is due, however often something else changes until then
+                self._recheck_later(mount)
         else:
-            mount.recheck_ns = RECHECK_FIRST_NS
+            mount.recheck_ns, mount.recheck_at_ns = RECHECK_FIRST_NS, _NEVER
         self._condition.notify_all()
+
+    def _recheck_later(self, mount: _Mount) -> None:
+        mount.recheck_at_ns = time.monotonic_ns() + mount.recheck_ns
+        mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
+        heapq.heappush(self._delayed, (mount.recheck_at_ns, next(self._tie), mount))
 
     def _work(self, mount: _Mount, task: Task, *, name_holders: bool) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
@@ -360,11 +364,14 @@ def work(
             held = view.pinned(task.stale)
             if all(entry.pinned_by for entry in held):  # as long as it is held, acting disturbs for nothing
                 return _round(task, target, None, len(held), held, 0), held
-        suspects = {**task.suspects, **{entry.path: ANYTHING for entry in task.stale}}
+        known = {entry.path: ANYTHING for entry in task.stale}
+        suspects = {**task.suspects, **known}
         before = _some(view, suspects, must_act=task.must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
-        if (before or task.must_act) and not target.observe:
+        if before and not (target.observe or task.must_act or task.is_recheck or _any_of(before, task.suspects)):
+            stale = tuple(view.stale(known, acted=True))  # nothing new: its recheck comes by itself, ever less often
+        elif (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
                 duration_ns += invalidate(view.merged, read_only=target.read_only)
@@ -375,6 +382,10 @@ def work(
         if stale and name_holders:
             stale = view.pinned(stale)
     return _round(task, target, method, len(before), stale, duration_ns), stale
+
+
+def _any_of(stale: Iterable[Stale], paths: Mapping[bytes, int]) -> bool:
+    return any(entry.path in paths for entry in stale)
 
 
 def _round(

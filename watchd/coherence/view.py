@@ -49,7 +49,7 @@ FEW = 4
 
 CACHED_ATTEMPTS = 4
 """A lockless lookup also misses when anything is mounted or unmounted meanwhile, anywhere, or renamed elsewhere in the dentry
-hash. Seen with three processes that mount in a loop: up to 5 % of the lookups of a cached name fail once, 0.5 % twice in a row."""
+hash. Seen with three processes that mount in a loop: up to 5 % of the lookups of a cached name miss, 0.5 % twice in a row."""
 
 UNCACHED = -1
 NEGATIVE = -2
