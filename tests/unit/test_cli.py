@@ -130,6 +130,7 @@ def test_version() -> None:
         (["stat"], "No such command 'stat'"),
         (["sync", "--timeout", "soon"], "Invalid value for '--timeout'"),
         (["sync", "--timeout", "-1"], "Invalid value for '--timeout'"),
+        (["sync", "--timeout", "nan"], "--timeout is no number; give seconds"),
         (["status", "extra"], "Got unexpected extra argument (extra); see `watchd status --help`"),
         (["invalidate"], "Missing argument 'MOUNT...'; see `watchd invalidate --help`"),
         (["invalidate", "/m", "--method", "hope"], "Invalid value for '--method'"),

@@ -327,9 +327,9 @@ class Engine:
         self._forward(task, self._outers.get(mount.target.device, ()))
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
-        if round.error:  # nothing was verified, so all of it is still suspect
+        if round.result == "failed":  # nothing was verified, so all of it is still to be done
             self._gather(mount, task.suspects)
-            mount.must_act |= task.must_act
+            mount.must_act = mount.must_act or task.must_act
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
             mount.last_duration_ns = round.duration_ns
@@ -339,11 +339,10 @@ class Engine:
             mount.rounds_asked -= 1
             self._ask(mount)
         elif (stale or round.error) and not mount.removed:
-            mount.recheck_at_ns = time.monotonic_ns() + mount.recheck_ns
-            mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
-            heapq.heappush(self._delayed, (mount.recheck_at_ns, next(self._tie), mount))
+            if mount.recheck_at_ns == _NEVER:  # else it is due, however often something else changes until then
+                self._recheck_later(mount)
         else:
-            mount.recheck_ns = RECHECK_FIRST_NS
+            mount.recheck_ns, mount.recheck_at_ns = RECHECK_FIRST_NS, _NEVER
         self._condition.notify_all()
 
     def _forward(self, task: Task, outers: Iterable[Outer]) -> None:
@@ -374,6 +373,11 @@ class Engine:
                         pending.append(outer.device)
         return tuple(reversed(found.values()))
 
+    def _recheck_later(self, mount: _Mount) -> None:
+        mount.recheck_at_ns = time.monotonic_ns() + mount.recheck_ns
+        mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
+        heapq.heappush(self._delayed, (mount.recheck_at_ns, next(self._tie), mount))
+
     def _work(self, mount: _Mount, task: Task, *, name_holders: bool) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
         try:
@@ -402,11 +406,14 @@ def work(
             held = view.pinned(task.stale)
             if all(entry.pinned_by for entry in held):  # as long as it is held, acting disturbs for nothing
                 return _round(task, target, None, len(held), held, 0), held
-        suspects = {**task.suspects, **{entry.path: ANYTHING for entry in task.stale}}
+        known = {entry.path: ANYTHING for entry in task.stale}
+        suspects = {**task.suspects, **known}
         before = _some(view, suspects, must_act=task.must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
-        if (before or task.must_act) and not target.observe:
+        if before and not (target.observe or task.must_act or task.is_recheck or _any_of(before, task.suspects)):
+            stale = tuple(view.stale(known, acted=True))  # nothing new: its recheck comes by itself, ever less often
+        elif (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
                 duration_ns += sum(_invalidate(outer) for outer in around)
@@ -432,6 +439,10 @@ def _invalidate(outer: Target) -> int:
         return 0
     finally:
         os.close(merged)
+
+
+def _any_of(stale: Iterable[Stale], paths: Mapping[bytes, int]) -> bool:
+    return any(entry.path in paths for entry in stale)
 
 
 def _round(

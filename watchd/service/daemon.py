@@ -32,7 +32,7 @@ from watchd.service.layers import LayerBook
 from watchd.service.mounts import MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
-from watchd.service.status import mounts_status, snapshot, status
+from watchd.service.status import mounts_status, snapshot, state_of, status
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +244,8 @@ class Daemon:
                     if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
                         raise TimeoutError
                 await self._journal.flush()
+                if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
+                    await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
             raise DeadlineError(
                 f"not everything was verified within {timeout_s:g} s", remedy="see `watchd status`, or raise --timeout"
