@@ -8,12 +8,11 @@ may have let go.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,7 +35,6 @@ comparison makes it seem stale; both are over at the second attempt."""
 
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
-_NEVER = 1 << 63
 
 ANYTHING = sum(Kind)
 """`Kind` bits of a path of which nothing is known."""
@@ -99,7 +97,6 @@ class _Mount:
     not_before_ns: int = 0
     last_duration_ns: int = 0
     recheck_ns: int = RECHECK_FIRST_NS
-    recheck_at_ns: int = _NEVER
     stale: tuple[Stale, ...] = ()
     error: str = ""
     actions: dict[str, int] = field(default_factory=dict)
@@ -120,13 +117,19 @@ class _Task:
 class Engine:
     """The mounts that are kept coherent and the threads that do it. All methods may be called from any thread."""
 
-    def __init__(self, observer: Observer, *, threads: int = 4) -> None:
+    def __init__(self, observer: Observer, *, threads: int = 4, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """`clock` tells nanoseconds of CLOCK_MONOTONIC."""
         self._observer = observer
-        self._condition = threading.Condition()
+        self._clock = clock
+        lock = threading.RLock()
+        self._condition = threading.Condition(lock)
+        """Something to do for the threads."""
+        self._over = threading.Condition(lock)
+        """A round is over: for those who wait to settle, who must not take a thread's place in line."""
         self._mounts: dict[str, _Mount] = {}
         self._ready: deque[_Mount] = deque()
-        self._delayed: list[tuple[int, int, _Mount]] = []
-        self._tie = itertools.count()
+        self._delayed: dict[_Mount, int] = {}
+        """Mounts that have to wait, for their budget or to be looked at again -> until when."""
         self._stopping = False
         self._handles = Handles()
         self.flooded = 0
@@ -154,7 +157,8 @@ class Engine:
         with self._condition:
             if mount := self._mounts.pop(device, None):
                 mount.removed = True
-                self._condition.notify_all()
+                self._delayed.pop(mount, None)
+                self._over.notify_all()
 
     def suspect(
         self, devices: Sequence[str], suspects: Mapping[bytes, int], *, number: int, read_ns: int
@@ -195,10 +199,10 @@ class Engine:
                         self._ask(mount)
                     waiting.append((mount, mount.rounds_asked))
             while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
-                remaining = deadline_ns - time.monotonic_ns()
+                remaining = deadline_ns - self._clock()
                 if remaining <= 0 or self._stopping:
                     return False
-                self._condition.wait(remaining / 1e9)
+                self._over.wait(remaining / 1e9)
         return True
 
     def state(self, device: str) -> MountState | None:
@@ -217,6 +221,7 @@ class Engine:
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
+            self._over.notify_all()
         for thread in self._threads:
             thread.join()
         self._handles.expire()
@@ -237,9 +242,10 @@ class Engine:
         if mount.queued or mount.busy:
             return
         mount.queued = True
-        if mount.not_before_ns > time.monotonic_ns():
-            heapq.heappush(self._delayed, (mount.not_before_ns, next(self._tie), mount))
+        if mount.not_before_ns > self._clock():
+            self._delayed[mount] = mount.not_before_ns
         else:
+            self._delayed.pop(mount, None)
             self._ready.append(mount)
         self._condition.notify()
 
@@ -263,7 +269,7 @@ class Engine:
         return (
             not mount.busy
             and not mount.queued
-            and mount.not_before_ns <= time.monotonic_ns()
+            and mount.not_before_ns <= self._clock()
             and len(mount.suspects) <= INLINE_SUSPECTS_MAX
             and mount.last_duration_ns <= INLINE_DURATION_MAX_NS
             and all(layer.cache_tells for layer in mount.target.layers)
@@ -272,15 +278,13 @@ class Engine:
     def _next(self) -> _Mount | None:
         """Wait for a mount that is due; None when stopping."""
         while not self._stopping:
-            now = time.monotonic_ns()
-            while self._delayed and self._delayed[0][0] <= now:
-                mount = heapq.heappop(self._delayed)[2]
-                if mount.recheck_at_ns <= now and not mount.queued and not mount.busy:
-                    mount.recheck_at_ns = _NEVER
-                    mount.rounds_asked += 1
+            now = self._clock()
+            for mount in [mount for mount, due_ns in self._delayed.items() if due_ns <= now]:
+                del self._delayed[mount]
+                if not mount.queued:  # time to look again at what was stale
                     mount.queued = True
-                if mount.queued and not mount.busy and mount not in self._ready:
-                    self._ready.append(mount)
+                    mount.rounds_asked += 1
+                self._ready.append(mount)
             while self._ready:
                 mount = self._ready.popleft()
                 if not mount.removed:
@@ -291,14 +295,14 @@ class Engine:
     def _rest(self, now: int) -> None:
         """Wait for something to become due; layers that were used are let go meanwhile."""
         expiry = self._handles.expire(now_ns=now)
-        due = [self._delayed[0][0]] if self._delayed else []
-        due += [expiry] if expiry else []
+        due = [*self._delayed.values(), *([expiry] if expiry else [])]
         self._condition.wait((min(due) - now) / 1e9 if due else None)
 
     def _take(self, mount: _Mount) -> _Task:
         task = _Task(mount.suspects, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
+        self._delayed.pop(mount, None)
         for stale in mount.stale:
             task.suspects[stale.path] = ANYTHING
         return task
@@ -307,21 +311,30 @@ class Engine:
         mount.busy = False
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
+        if round.error:
+            self._put_back(mount, task)
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
             mount.last_duration_ns = round.duration_ns
             pause = round.duration_ns / mount.target.budget - round.duration_ns
-            mount.not_before_ns = time.monotonic_ns() + int(pause)
+            mount.not_before_ns = self._clock() + int(pause)
         if mount.rounds_asked > task.asked:
             mount.rounds_asked -= 1
             self._ask(mount)
         elif (stale or round.error) and not mount.removed:
-            mount.recheck_at_ns = time.monotonic_ns() + mount.recheck_ns
+            self._delayed[mount] = max(self._clock() + mount.recheck_ns, mount.not_before_ns)
             mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
-            heapq.heappush(self._delayed, (mount.recheck_at_ns, next(self._tie), mount))
         else:
             mount.recheck_ns = RECHECK_FIRST_NS
-        self._condition.notify_all()
+        self._condition.notify()  # after a round in another thread than ours: there may be something to wait for now
+        self._over.notify_all()
+
+    def _put_back(self, mount: _Mount, task: _Task) -> None:
+        """Nobody could look: what was suspected is suspected still."""
+        self._gather(mount, task.suspects)
+        mount.must_act |= task.must_act
+        if task.oldest_ns is not None:
+            mount.oldest_ns = task.oldest_ns
 
     def _work(self, mount: _Mount, task: _Task) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
