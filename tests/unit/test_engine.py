@@ -27,6 +27,8 @@ from watchd.records import Kind
 PATIENCE_S = 30.0
 CREATE, ATTRIB = int(Kind.CREATE), int(Kind.ATTRIB)
 FOREVER_NS = 1 << 62
+HOUR_NS = 3_600_000_000_000
+"""More than a test takes, so that nobody wakes before the clock is set forward."""
 
 
 class Clock:
@@ -223,22 +225,22 @@ def test_a_change_of_a_mount_that_is_not_kept_is_nothing(stage: Stage) -> None:
 # ---- budget ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "pause_ns"), [(0.5, 1000), (0.1, 9000), (1.0, 0)])
+@pytest.mark.parametrize(("budget", "pause_ns"), [(0.5, HOUR_NS), (0.1, 9 * HOUR_NS), (1.0, 0)])
 def test_an_invalidation_keeps_the_mount_waiting_in_proportion_to_what_it_cost(
     stage: Stage, budget: float, pause_ns: int
 ) -> None:
     stage.keep("probe")
     stage.keep(budget=budget)
     stage.suspect(b"a")
-    stage.next().end(method="invalidate", duration_ns=1000)
+    stage.next().end(method="invalidate", duration_ns=HOUR_NS)
     stage.told()
     stage.suspect(b"b")
     if pause_ns:
-        stage.forward(pause_ns - 1)
+        stage.forward(pause_ns - HOUR_NS // 2)
         assert stage.passes_over("0:1")
         stage.suspect(b"c")
         assert stage.passes_over("0:1")
-        stage.forward(1)
+        stage.forward(HOUR_NS // 2)
     call = stage.next()
     assert call.suspects.keys() >= {b"b"}
     call.end()
@@ -258,13 +260,13 @@ def test_looking_again_at_a_pinned_name_keeps_to_the_budget(stage: Stage) -> Non
     stage.keep("probe")
     stage.keep(budget=0.1)
     stage.suspect(b"pinned")
-    cost_ns = 10 * RECHECK_FIRST_NS
+    cost_ns = HOUR_NS
     stage.next().end(b"pinned", method="invalidate", duration_ns=cost_ns)
     stage.told()
     stage.suspect(b"other")
-    stage.forward(9 * cost_ns - 1)
+    stage.forward(8 * cost_ns)
     assert stage.passes_over("0:1")
-    stage.forward(1)
+    stage.forward(cost_ns)
     call = stage.next()
     assert call.suspects.keys() == {b"pinned", b"other"}
     call.end()
@@ -343,7 +345,7 @@ def test_who_waits_to_settle_is_not_woken_in_place_of_a_thread(stage: Stage, els
     stage.keep("probe")
     stage.keep()
     stage.suspect(b"a")
-    stage.next().end(method="invalidate", duration_ns=1000)
+    stage.next().end(method="invalidate", duration_ns=HOUR_NS)
     stage.told()
     stage.suspect(b"waits for its budget")
     waiting = waiters(stage.engine._over)
@@ -358,7 +360,7 @@ def test_who_waits_to_settle_is_not_woken_in_place_of_a_thread(stage: Stage, els
         stage.next().end()
         stage.told()
         resting(1)
-    stage.forward(1 << 40)
+    stage.forward(100 * HOUR_NS)
     stage.next().end()
     assert all(one.result(timeout=PATIENCE_S) for one in settled)
 
@@ -381,9 +383,9 @@ def test_settle_gives_up_when_the_deadline_comes_while_it_waits(stage: Stage, el
     stage.suspect(b"a")
     call = stage.next()
     waiting = waiters(stage.engine._over)
-    settled = elsewhere.submit(stage.engine.settle, ["0:1"], stage.clock.now_ns + 3_600_000_000_000)
+    settled = elsewhere.submit(stage.engine.settle, ["0:1"], stage.clock.now_ns + HOUR_NS)
     waiting(1)
-    stage.forward(3_600_000_000_000)
+    stage.forward(HOUR_NS)
     assert settled.result(timeout=PATIENCE_S) is False
     call.end()
 
@@ -420,11 +422,11 @@ def test_a_mount_that_went_away_while_it_waited_for_its_budget_is_not_worked_on(
     stage.keep("probe")
     stage.keep()
     stage.suspect(b"a")
-    stage.next().end(method="invalidate", duration_ns=1000)
+    stage.next().end(method="invalidate", duration_ns=HOUR_NS)
     stage.told()
     stage.suspect(b"b")
     stage.engine.remove("0:1")
-    stage.forward(1 << 40)
+    stage.forward(100 * HOUR_NS)
     assert stage.passes_over("0:1")
 
 
@@ -629,11 +631,11 @@ def test_whoever_tells_does_not_wait_for_an_invalidation_that_takes_long(stage: 
 def test_whoever_tells_keeps_to_the_budget(stage: Stage) -> None:
     stage.keep(quick=True, budget=0.5)
     stage.engine.doubt(["0:1"])
-    stage.next().end(method="invalidate", duration_ns=1000)
+    stage.next().end(method="invalidate", duration_ns=HOUR_NS)
     stage.told()
     assert stage.suspect(b"a") is None
     assert stage.nothing_under_way()
-    stage.forward(1000)
+    stage.forward(HOUR_NS)
     stage.next().end()
 
 
