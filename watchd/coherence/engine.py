@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from watchd.coherence.view import Stale, View
 from watchd.errors import WatchdError
 from watchd.records import Kind
 
+log = logging.getLogger(__name__)
+
 SUSPECTS_MAX = 50_000
 """Beyond so many suspects a mount is invalidated without looking at each of them first; counted as `flooded`."""
 
@@ -36,6 +39,7 @@ comparison makes it seem stale; both are over at the second attempt."""
 
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
+STOP_TIMEOUT_S = 5.0
 _NEVER = 1 << 63
 
 ANYTHING = sum(Kind)
@@ -79,7 +83,7 @@ class MountState:
     """What is known of a mount now."""
 
     state: str
-    """coherent, stale, failed or observed."""
+    """coherent, stale, pinned (everything stale is held by somebody), failed or observed."""
     stale: tuple[Stale, ...]
     actions: Mapping[str, int]
     error: str = ""
@@ -107,14 +111,21 @@ class _Mount:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """What one round takes from a mount."""
 
-    suspects: dict[bytes, int]
-    must_act: bool
-    upto: int
-    oldest_ns: int | None
-    asked: int
+    suspects: Mapping[bytes, int]
+    stale: tuple[Stale, ...] = ()
+    """What the last round left stale."""
+    must_act: bool = False
+    upto: int = 0
+    oldest_ns: int | None = None
+    asked: int = 0
+
+    @property
+    def is_recheck(self) -> bool:
+        """Nothing is new: it is only to be seen whether what is stale can be healed by now."""
+        return bool(self.stale) and not self.suspects and not self.must_act
 
 
 class Engine:
@@ -174,7 +185,7 @@ class Engine:
             mount = mounts[0]
             mount.rounds_asked += 1
             task = self._take(mount)
-        return self._round(mount, task)
+        return self._round(mount, task, name_holders=False)  # the recheck, which follows soon, names them
 
     def doubt(self, devices: Iterable[str]) -> None:
         """Anything in these mounts may have become stale, for instance because events were lost."""
@@ -207,7 +218,9 @@ class Engine:
             mount = self._mounts.get(device)
             if mount is None:
                 return None
-            state = "failed" if mount.error else "stale" if mount.stale else "coherent"
+            state = "failed" if mount.error else "coherent"
+            if mount.stale and not mount.error:
+                state = "pinned" if all(entry.pinned_by for entry in mount.stale) else "stale"
             if mount.target.observe and state == "coherent":
                 state = "observed"
             return MountState(state, mount.stale, dict(mount.actions), mount.error)
@@ -218,7 +231,7 @@ class Engine:
             self._stopping = True
             self._condition.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(STOP_TIMEOUT_S)  # one that hangs on a filesystem ends with the process
         self._handles.expire()
 
     def _gather(self, mount: _Mount, suspects: Mapping[bytes, int]) -> None:
@@ -250,10 +263,10 @@ class Engine:
                 if mount is None:
                     return
                 task = self._take(mount)
-            self._observer.round(self._round(mount, task))
+            self._observer.round(self._round(mount, task, name_holders=True))
 
-    def _round(self, mount: _Mount, task: _Task) -> Round:
-        round, stale = self._work(mount, task)
+    def _round(self, mount: _Mount, task: Task, *, name_holders: bool) -> Round:
+        round, stale = self._work(mount, task, name_holders=name_holders)
         with self._condition:
             self._finish(mount, task, round, stale)
         return round
@@ -295,15 +308,13 @@ class Engine:
         due += [expiry] if expiry else []
         self._condition.wait((min(due) - now) / 1e9 if due else None)
 
-    def _take(self, mount: _Mount) -> _Task:
-        task = _Task(mount.suspects, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
+    def _take(self, mount: _Mount) -> Task:
+        task = Task(mount.suspects, mount.stale, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
-        for stale in mount.stale:
-            task.suspects[stale.path] = ANYTHING
         return task
 
-    def _finish(self, mount: _Mount, task: _Task, round: Round, stale: tuple[Stale, ...]) -> None:
+    def _finish(self, mount: _Mount, task: Task, round: Round, stale: tuple[Stale, ...]) -> None:
         mount.busy = False
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
@@ -323,33 +334,34 @@ class Engine:
             mount.recheck_ns = RECHECK_FIRST_NS
         self._condition.notify_all()
 
-    def _work(self, mount: _Mount, task: _Task) -> tuple[Round, tuple[Stale, ...]]:
+    def _work(self, mount: _Mount, task: Task, *, name_holders: bool) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
         try:
-            return work(
-                target, self._handles, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns
-            )
-        except (WatchdError, OSError) as error:
+            return work(target, self._handles, task, name_holders=name_holders)
+        except Exception as error:  # whatever it is, it concerns this mount only, and its thread goes on
+            if not isinstance(error, WatchdError | OSError):
+                log.exception("a round on %s failed", target.device)
             known = mount.stale
-            failed = Round(target, None, "failed", len(known), len(known), 0, task.upto, None, str(error))
+            failed = Round(
+                target, None, "failed", len(known), len(known), 0, task.upto, None, str(error) or repr(error)
+            )
             return failed, known
 
 
 def work(
-    target: Target,
-    handles: Handles,
-    suspects: Mapping[bytes, int],
-    *,
-    must_act: bool,
-    upto: int = 0,
-    oldest_ns: int | None = None,
+    target: Target, handles: Handles, task: Task, *, name_holders: bool = False
 ) -> tuple[Round, tuple[Stale, ...]]:
     """One round on one mount: verify, act if something is stale, verify again. Raises MountError, LayerError, OSError."""
     with View(target, handles) as view:
-        before = _some(view, suspects, must_act=must_act, target=target)
+        if task.is_recheck and name_holders:
+            held = view.pinned(task.stale)
+            if all(entry.pinned_by for entry in held):  # as long as it is held, acting disturbs for nothing
+                return _round(task, target, None, len(held), held, 0), held
+        suspects = {**task.suspects, **{entry.path: ANYTHING for entry in task.stale}}
+        before = _some(view, suspects, must_act=task.must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
-        if (before or must_act) and not target.observe:
+        if (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
                 duration_ns += invalidate(view.merged, read_only=target.read_only)
@@ -357,9 +369,17 @@ def work(
                 if not stale:
                     break
                 again = {entry.path: suspects[entry.path] for entry in stale}
-    latency = None if oldest_ns is None else time.monotonic_ns() - oldest_ns
+        if stale and name_holders:
+            stale = view.pinned(stale)
+    return _round(task, target, method, len(before), stale, duration_ns), stale
+
+
+def _round(
+    task: Task, target: Target, method: str | None, before: int, stale: Sequence[Stale], duration_ns: int
+) -> Round:
+    latency = None if task.oldest_ns is None else time.monotonic_ns() - task.oldest_ns
     result = "stale" if stale else "coherent"
-    return Round(target, method, result, len(before), len(stale), duration_ns, upto, latency), stale
+    return Round(target, method, result, before, len(stale), duration_ns, task.upto, latency)
 
 
 def _some(view: View, suspects: Mapping[bytes, int], *, must_act: bool, target: Target) -> tuple[Stale, ...]:

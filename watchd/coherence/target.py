@@ -26,6 +26,9 @@ class Target:
     device: str
     """major:minor"""
     mount_point: bytes
+    """The one to speak of."""
+    mount_points: tuple[bytes, ...]
+    """All of them, each in its own namespace."""
     layers: tuple[LayerRoot, ...]
     """Top first, the upper included, data-only layers left out."""
     open: Callable[[], int] = field(repr=False, compare=False)

@@ -34,6 +34,7 @@ def build_target(
     return Target(
         device=overlay.device,
         mount_point=primary_point(overlay).path,
+        mount_points=tuple({point.path: None for point in overlay.mount_points if point.root == b"/"}),
         layers=tuple(
             LayerRoot(
                 layer.path,
@@ -46,7 +47,9 @@ def build_target(
         open=functools.partial(_open_merged, overlay, courier),
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
-        renames_directories=overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
+        # Shown as on wherever there is no upper, where nothing can be renamed.
+        renames_directories=overlay.upperdir is not None
+        and overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
         observe=observe,
         budget=budget,
     )

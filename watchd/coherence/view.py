@@ -21,12 +21,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from watchd.coherence.access import access_differs
 from watchd.coherence.handles import Handles
+from watchd.coherence.pins import Holder, Wanted, find_holders
 from watchd.coherence.target import LayerRoot, Target
 from watchd.errors import WireError
 from watchd.kernel.files import (
@@ -59,6 +60,7 @@ class Stale(msgspec.Struct, frozen=True, gc=False):
 
     path: bytes
     kind: str
+    pinned_by: tuple[Holder, ...] = ()
 
 
 class View:
@@ -106,6 +108,22 @@ class View:
             kind = self._judge(path, suspects[path], acted=acted)
             if kind is not None:
                 yield Stale(path, kind)
+
+    def pinned(self, stale: Sequence[Stale]) -> tuple[Stale, ...]:
+        """The same with the processes that hold each. Looks through all processes."""
+        device = os.fstat(self.merged).st_dev
+        inodes = {entry.path: self._inode(entry.path) for entry in stale}
+        holders = find_holders(Wanted(device, self._target.mount_points, inodes))
+        return tuple(Stale(entry.path, entry.kind, holders.get(entry.path, ())) for entry in stale)
+
+    def _inode(self, path: bytes) -> int:
+        descriptor = self._cached(path)
+        if descriptor < 0:
+            return 0
+        try:
+            return os.stat(descriptor).st_ino
+        finally:
+            os.close(descriptor)
 
     def cached_names(self) -> Generator[tuple[bytes, int], None, None]:
         """Every name that the layers have and that the merged mount has cached, as suspects; uncached subtrees are skipped."""

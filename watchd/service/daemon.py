@@ -161,9 +161,15 @@ class Daemon:
             overdue = time.monotonic() - troubled_at > TROUBLE_INTERVAL_S and self._mounts.troubled()
             if told or overdue or await self._mounts.namespaces_changed():
                 troubled_at = time.monotonic()
-                await self._mounts.refresh()
-                notify(STATUS=self._summary())
+                await self._refresh()
                 await asyncio.sleep(REFRESH_PAUSE_S)
+
+    async def _refresh(self) -> None:
+        try:
+            await self._mounts.refresh()
+        except (WatchdError, OSError) as error:  # out of descriptors, for instance: what is kept goes on being kept
+            log.error("looking for mounts failed: %s", error)
+        notify(STATUS=self._summary())
 
     async def _feed_watchdog(self) -> None:
         interval = watchdog_interval_s()

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,13 @@ RETRY_S = 5.0
 """A layer that could not be watched is tried again after so long."""
 
 MARK_INTERVAL_NS = 1_000_000_000
-"""How far each layer is complete is noted in the journal this often at most; a restart scans from there."""
+MARK_COST_NS = 50_000_000
+"""How far each layer is complete is noted in the journal this often at most, the less often the more layers there are; a
+restart scans from there."""
+
+MARKS_MAX = 1000
+"""Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
+desync then stays open in the journal, which tells readers all the same."""
 
 SEQUENCES_KEPT = 4096
 
@@ -165,7 +172,7 @@ class LayerBook:
         if settings == self.settings:
             return
         self.settings = settings
-        for layer in self.layers.values():
+        for layer in list(self.layers.values()):
             self._desync(layer, "restart")
             await self._unwatch(layer)
             await self._watch(layer)
@@ -315,7 +322,10 @@ class LayerBook:
                 if not layer.desync_seq:
                     layer.complete_ns = max(layer.complete_ns, batch.complete_ns)
             self._unmarked = True
-        if self._unmarked and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS:
+        if (
+            self._unmarked
+            and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS + len(self._marks) * MARK_COST_NS
+        ):
             self._note_marks()
 
     def _append(self, number: int, changes: Sequence[Change]) -> None:
@@ -328,7 +338,10 @@ class LayerBook:
     def _note_marks(self) -> None:
         for layer in self.layers.values():
             if layer.complete_ns:
+                self._marks.pop(layer.name, None)  # so that the longest gone come first
                 self._marks[layer.name] = LayerMark(layer.directory.path, layer.complete_ns, layer.desync_seq)
+        while len(self._marks) > max(MARKS_MAX, len(self.layers)):
+            del self._marks[next(iter(self._marks))]
         self._journal.note(self._marks)
         self._marked_ns, self._unmarked = time.monotonic_ns(), False
 
@@ -369,12 +382,19 @@ class LayerBook:
         assert worker is not None
         layer.become("scanning", layer.reason)
         layer.scan_again = False
-        worker.submit(worker.source.recover)
+        worker.submit(worker.source.recover).add_done_callback(partial(self._recovered, worker))
         worker.scan(
             changed_since(layer.watched, layer.complete_ns),
             partial(self._found, layer),
             lambda error: self._call(self._scanned, layer, worker, error),
         )
+
+    def _recovered(self, worker: Worker, done: Future[None]) -> None:
+        """In the worker's thread: a source that cannot recover is lost."""
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, Exception):
+            self.lost(worker, error)
+            self.flush()
 
     def _scan_moved_in(self, worker: Worker, moved: MovedIn) -> None:
         for layer in self._layers_of(worker):

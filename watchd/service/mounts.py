@@ -26,7 +26,7 @@ from watchd.overlay.discovery import Namespaces, find_namespaces, matches
 from watchd.overlay.layers import look_up
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View
 from watchd.overlay.mountwatch import MountWatch
-from watchd.service.layers import Layer, LayerBook, key_of
+from watchd.service.layers import Key, Layer, LayerBook, key_of
 from watchd.service.names import NameBook
 from watchd.service.survey import Sighting, Survey, survey
 from watchd.sources.base import WatchedLayer
@@ -101,10 +101,11 @@ class MountBook:
 
     async def reconfigure(self, config: Config) -> None:
         """Use this configuration from now on."""
-        self.config = config
-        await self._layers.rewatch(config.sources)
-        for mount in self.mounts.values():
-            self._engine.retarget(self._target(mount.overlay, mount.stack))
+        async with self._lock:
+            self.config = config
+            await self._layers.rewatch(config.sources)
+            for mount in self.mounts.values():
+                self._engine.retarget(self._target(mount.overlay, mount.stack))
         await self.refresh()
 
     async def close(self) -> None:
@@ -233,6 +234,8 @@ def _same(mount: Mount, sighting: Sighting) -> bool:
     """Whether a sighting is of the mount that is known, layers included, and not of another one with its number."""
     known, now = mount.mount_ids, sighting.mount_ids
     assert sighting.stack is not None
-    old = [key_of(directory) for directory in mount.stack.lowers]
-    new = [key_of(directory) for directory in sighting.stack.lowers]
-    return bool(not known or not now or known & now) and old == new
+    return bool(not known or not now or known & now) and _keys(mount.stack) == _keys(sighting.stack)
+
+
+def _keys(stack: ResolvedStack) -> list[Key]:
+    return [key_of(directory) for directory in (*((stack.upper,) if stack.upper else ()), *stack.lowers)]

@@ -35,6 +35,8 @@ GATHER_RECORDS = 2000
 GATHER_MS = 5
 """After a batch of so many names the next read waits a little, so that the kernel merges more into each record."""
 
+STOP_TIMEOUT_S = 5.0
+
 T = TypeVar("T")
 _INT = struct.Struct("=i")
 
@@ -81,6 +83,9 @@ class Worker(threading.Thread):
         def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return
+            if self._stopping:
+                future.set_exception(WatchdError("the source was stopped"))
+                return
             try:
                 result = work()
             except Exception as error:
@@ -121,8 +126,9 @@ class Worker(threading.Thread):
             self._stopping = True
             os.eventfd_write(self._wake, 1)
         if self.is_alive():
-            self.join()
-        os.close(self._wake)
+            self.join(STOP_TIMEOUT_S)
+        if not self.is_alive():
+            os.close(self._wake)  # else it hangs on its filesystem, and ends with the process
 
     def run(self) -> None:
         poll = select.poll()
@@ -132,6 +138,7 @@ class Worker(threading.Thread):
             while not self._stopping:
                 self._step(poll)
         finally:
+            self._run_work()  # whoever waits for an answer gets one
             for scan in self._scans:
                 scan.slices.close()
             self.source.close()
@@ -144,7 +151,7 @@ class Worker(threading.Thread):
             self._guard(self._collect)
             if self._broken:
                 poll.unregister(self.source.fileno())
-        elif self._scans:
+        if self._scans:  # even if events never stop
             self._continue_scan(self._scans[0])
 
     def _wait(self, poll: select.poll) -> set[int]:

@@ -1,0 +1,69 @@
+"""Overlays that are not in the daemon's own mount namespace, and the command line as people use it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from tests.kernel.accidents import ACCIDENTS, STRANGERS_PROGRAM, populate
+from tests.kernel.compare import look, names_below, open_root, open_twin
+from tests.kernel.running import Daemon
+from tests.kernel.sandbox import Sandbox
+
+MOUNT = "mkdir -p {m} {up} {work} && mount -t overlay overlay -o lowerdir={low},upperdir={up},workdir={work}{more} {m}"
+EVERYDAY = [
+    "a new name that somebody looked for",
+    "unlink",
+    "replace by rename",
+    "chmod 600",
+    "rename of a directory",
+    "recreated directory",
+    "file turned directory",
+    "swapped symlink",
+    "a new name that is not UTF-8",
+]
+
+
+def test_a_shell_sees_the_new_file_after_sync(sandbox: Sandbox, daemon: Daemon) -> None:
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert not os.path.exists(merged + b"/x")
+    with open(sandbox.path(b"low/x"), "w"):
+        pass
+    done = daemon.verb("sync", merged)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert os.path.exists(merged + b"/x")
+
+
+def repopulate(layer: bytes) -> None:
+    """Without the program: seen from another mount namespace, nothing runs setuid."""
+    populate(layer)
+    os.unlink(layer + b"/d/" + STRANGERS_PROGRAM)
+
+
+@pytest.mark.parametrize("kind", ["mount namespace", "user namespace"])
+def test_an_overlay_in_another_namespace_is_kept_true(sandbox: Sandbox, daemon: Daemon, kind: str) -> None:
+    in_user_namespace = kind == "user namespace"
+    low = sandbox.directory(b"low")
+    repopulate(low)
+    inmate = sandbox.inmate(*(("--user", "--map-root-user") if in_user_namespace else ()))
+    names = {name: os.fsdecode(sandbox.path(name.encode())) for name in ("low", "m", "up", "work")}
+    inmate.run(MOUNT.format(**names, more=",userxattr" if in_user_namespace else ""))
+    merged, seen_as = sandbox.path(b"m"), b"/proc/%d/root%s" % (inmate.pid, sandbox.path(b"m"))
+    daemon.start()
+    assert daemon.mount(merged)["mount_points"][0]["namespace"] == inmate.view.namespace
+    twin = sandbox.directory(b"m.twin")
+    for accident in map(ACCIDENTS.__getitem__, EVERYDAY):
+        with open_root(seen_as) as root:
+            known = names_below(root) | {b"d/" + name for name in accident.missing}
+            look(root, known)
+        accident.happen(low + b"/d")
+        assert daemon.verb("sync", merged).returncode == 0
+        with open_root(seen_as) as root, open_twin(twin, [sandbox.path(b"up"), low], userxattr=in_user_namespace) as true:
+            asked = [*sorted(known), *sorted(names_below(true) - known)]
+            assert look(root, asked) == look(true, asked)
+        shutil.rmtree(low + b"/d")
+        repopulate(low)
+        assert daemon.sync(merged) == []
