@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -20,9 +21,9 @@ from typing import Protocol
 
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
-from watchd.coherence.target import Target
+from watchd.coherence.target import Outer, Target
 from watchd.coherence.view import Stale, View
-from watchd.errors import WatchdError
+from watchd.errors import MountError, WatchdError
 from watchd.records import Kind
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Engine:
         self._observer = observer
         self._condition = threading.Condition()
         self._mounts: dict[str, _Mount] = {}
+        self._outers: Mapping[str, tuple[Outer, ...]] = {}
         self._ready: deque[_Mount] = deque()
         self._delayed: list[tuple[int, int, _Mount]] = []
         self._tie = itertools.count()
@@ -159,6 +161,11 @@ class Engine:
         with self._condition:
             if mount := self._mounts.get(target.device):
                 mount.target = target
+
+    def nest(self, outers: Mapping[str, tuple[Outer, ...]]) -> None:
+        """Which overlays have a lower in the merged mount of which (by the inner one's device)."""
+        with self._condition:
+            self._outers = outers
 
     def remove(self, device: str) -> None:
         """The mount is gone."""
@@ -275,6 +282,7 @@ class Engine:
         """Whether a round is short and waits for nobody."""
         return (
             not mount.busy
+            and mount.target.device not in self._outers
             and not mount.queued
             and mount.not_before_ns <= time.monotonic_ns()
             and len(mount.suspects) <= INLINE_SUSPECTS_MAX
@@ -316,6 +324,7 @@ class Engine:
 
     def _finish(self, mount: _Mount, task: Task, round: Round, stale: tuple[Stale, ...]) -> None:
         mount.busy = False
+        self._forward(task, self._outers.get(mount.target.device, ()))
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
         if round.error:  # nothing was verified, so all of it is still suspect
@@ -337,10 +346,39 @@ class Engine:
             mount.recheck_ns = RECHECK_FIRST_NS
         self._condition.notify_all()
 
+    def _forward(self, task: Task, outers: Iterable[Outer]) -> None:
+        """What changed in an overlay may be stale in those around it, which can be told only now that it is true itself."""
+        for outer in outers:
+            mount = self._mounts.get(outer.device)
+            if mount is None:
+                continue
+            if task.must_act or (outer.below is None and task.suspects):
+                mount.must_act = True
+            translated = {outer.translate(path): kinds for path, kinds in task.suspects.items()}
+            self._gather(mount, {path: kinds for path, kinds in translated.items() if path is not None})
+            if mount.must_act or mount.suspects:
+                mount.upto = max(mount.upto, task.upto)
+                mount.oldest_ns = mount.oldest_ns or task.oldest_ns
+                self._ask(mount)
+
+    def _around(self, device: str) -> tuple[Target, ...]:
+        """The overlays around one, the outermost first."""
+        found: dict[str, Target] = {}
+        with self._condition:
+            pending = [device]
+            while pending:
+                for outer in self._outers.get(pending.pop(), ()):
+                    if (mount := self._mounts.get(outer.device)) and not mount.target.observe:
+                        found.pop(outer.device, None)
+                        found[outer.device] = mount.target
+                        pending.append(outer.device)
+        return tuple(reversed(found.values()))
+
     def _work(self, mount: _Mount, task: Task, *, name_holders: bool) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
         try:
-            return work(target, self._handles, task, name_holders=name_holders)
+            around = self._around(target.device)
+            return work(target, self._handles, task, around=around, name_holders=name_holders)
         except Exception as error:  # whatever it is, it concerns this mount only, and its thread goes on
             if not isinstance(error, WatchdError | OSError):
                 log.exception("a round on %s failed", target.device)
@@ -352,9 +390,13 @@ class Engine:
 
 
 def work(
-    target: Target, handles: Handles, task: Task, *, name_holders: bool = False
+    target: Target, handles: Handles, task: Task, *, around: Sequence[Target] = (), name_holders: bool = False
 ) -> tuple[Round, tuple[Stale, ...]]:
-    """One round on one mount: verify, act if something is stale, verify again. Raises MountError, LayerError, OSError."""
+    """One round on one mount: verify, act if something is stale, verify again.
+
+    `around`: overlays that hold references into this one, outermost first; without dropping those nothing here is dropped.
+    Raises MountError, LayerError, OSError.
+    """
     with View(target, handles) as view:
         if task.is_recheck and name_holders:
             held = view.pinned(task.stale)
@@ -367,6 +409,7 @@ def work(
         if (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
+                duration_ns += sum(_invalidate(outer) for outer in around)
                 duration_ns += invalidate(view.merged, read_only=target.read_only)
                 stale = tuple(view.stale(again, acted=True))
                 if not stale:
@@ -375,6 +418,20 @@ def work(
         if stale and name_holders:
             stale = view.pinned(stale)
     return _round(task, target, method, len(before), stale, duration_ns), stale
+
+
+def _invalidate(outer: Target) -> int:
+    """One that cannot be had is gone, or fails its own round."""
+    try:
+        merged = outer.open()
+    except MountError:
+        return 0
+    try:
+        return invalidate(merged, read_only=outer.read_only)
+    except MountError:
+        return 0
+    finally:
+        os.close(merged)
 
 
 def _round(

@@ -22,7 +22,8 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, name_to_handle_at, try_openat2
+from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, try_openat2
+from watchd.overlay.access import handle_of
 
 _OPEN_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 _NOTHING = (errno.ENOENT, errno.ESTALE)
@@ -35,7 +36,8 @@ class Entry:
 
     layer: int
     """Index of the layer that provides it, 0 is the top."""
-    handle: FileHandle
+    handle: FileHandle | None
+    """None where the layer's filesystem has no file handles, as an overlay that is a layer of another one."""
     is_dir: bool
 
 
@@ -81,7 +83,7 @@ class Union:
         if descriptor is None:
             return None
         try:
-            return Entry(found[0], name_to_handle_at(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
+            return Entry(found[0], handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
         finally:
             os.close(descriptor)
 

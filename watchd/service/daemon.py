@@ -236,11 +236,13 @@ class Daemon:
                         f"no overlay mount matches {unmatched[0]!r}",
                         remedy="see `watchd status` for those that are kept",
                     )
-                concerned = [layer for mount in mounts for layer in mount.layers]
+                levels = self._mounts.innermost_first(mounts)
+                concerned = [layer for level in levels for mount in level for layer in mount.layers]
                 await self._layers.barrier(concerned if patterns else list(self._layers.layers.values()))
-                devices = [mount.overlay.device for mount in mounts]
-                if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
-                    raise TimeoutError
+                for level in levels:
+                    devices = [mount.overlay.device for mount in level]
+                    if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
+                        raise TimeoutError
                 await self._journal.flush()
         except TimeoutError:
             raise DeadlineError(

@@ -53,6 +53,8 @@ MARKS_MAX = 1000
 """Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
 desync then stays open in the journal, which tells readers all the same."""
 
+OVERLAYFS_MAGIC = 0x794C7630
+
 SEQUENCES_KEPT = 4096
 
 ROOM_INTERVAL_S = 0.05
@@ -77,8 +79,6 @@ class Layer:
     devices: set[str] = field(default_factory=set)
     configured: bool = False
     worker: Worker | None = None
-    starting: Worker | None = None
-    """Is asked to watch the layer and has not answered yet."""
     state: str = "scanning"
     reason: str = ""
     complete_ns: int = 0
@@ -121,6 +121,8 @@ class LayerBook:
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
+        self._starting: list[Worker] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._taken_in = threading.Event()
@@ -154,6 +156,7 @@ class LayerBook:
         del self.layers[key_of(layer.directory)]
         self._names.release(layer.name)
         await self._unwatch(layer)
+        layer.become("failed", "not watched any more")  # for whoever waits for it
         self.reroute()
 
     def reroute(self) -> None:
@@ -183,10 +186,12 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-                await self._start(layer, self._worker(backend, layer))
+                layer.worker = await self._start(layer, self._worker(backend, layer))
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
+                if layer.directory.magic == OVERLAYFS_MAGIC:
+                    break  # no inotify: its watches would pin what they watch in the inner overlay's cache
             except (WatchdError, OSError) as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
@@ -195,18 +200,19 @@ class LayerBook:
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
-        log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+        if layer.directory.magic != OVERLAYFS_MAGIC:  # the mount book knows better
+            log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
 
-    async def _start(self, layer: Layer, worker: Worker) -> None:
+    async def _start(self, layer: Layer, worker: Worker) -> Worker:
         """Have the worker watch the layer. Raises as `Source.add`."""
-        layer.starting = worker
+        self._starting.append(worker)
         try:
             await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
         finally:
-            layer.starting = None
+            self._starting.remove(worker)
         if worker.is_broken:  # its loss may have been told before it was the layer's
             raise LayerError("its source was lost as soon as it was there")
-        layer.worker = worker
+        return worker
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -256,12 +262,18 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-        for key, worker in list(self._workers.items()):
-            is_used = any(worker in (layer.worker, layer.starting) for layer in self.layers.values())
-            if not is_used and self._workers.get(key) is worker:  # others are at it too
-                del self._workers[key]
-                self._release_barriers()
-                await self._loop.run_in_executor(None, worker.stop)
+        used = {*self._starting, *(layer.worker for layer in self.layers.values())}
+        unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
+        for key, _ in unused:
+            del self._workers[key]
+        self._release_barriers()
+        for _, worker in unused:
+            await self._loop.run_in_executor(None, worker.stop)
+
+    def _discard_soon(self) -> None:
+        task = self._loop.create_task(self._discard_unused())
+        self._tasks.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._tasks.discard)
 
     # ---- what the workers tell (called in their threads) ------------------------------------------------------------
 
@@ -388,7 +400,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = 0.0
-        self._loop.create_task(self._discard_unused())
+        self._discard_soon()
 
     def _recover(self, layer: Layer) -> None:
         """Find what was missed: the source first, so that nothing falls between, then a scan."""
@@ -433,7 +445,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = time.monotonic() + RETRY_S
-            self._loop.create_task(self._discard_unused())
+            self._discard_soon()
             return
         if layer.scan_again:
             self._recover(layer)

@@ -17,8 +17,8 @@ from functools import partial
 import msgspec
 
 from watchd.coherence.engine import Engine
-from watchd.coherence.target import Target
-from watchd.coherence.targets import build_target, primary_point
+from watchd.coherence.target import Outer, Target
+from watchd.coherence.targets import build_target, cache_tells, layers_of, primary_point
 from watchd.config.schema import Config
 from watchd.config.schema import Layer as ConfiguredLayer
 from watchd.kernel.namespaces import Courier, mount_namespace
@@ -28,12 +28,15 @@ from watchd.overlay.discovery import Namespaces, find_namespaces, matches
 from watchd.overlay.layers import look_up
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View
 from watchd.overlay.mountwatch import MountWatch
-from watchd.service.layers import Key, Layer, LayerBook, key_of
+from watchd.service.layers import OVERLAYFS_MAGIC, Key, Layer, LayerBook, key_of
 from watchd.service.names import NameBook
 from watchd.service.survey import Sighting, Survey, survey
 from watchd.sources.base import WatchedLayer
 
 log = logging.getLogger(__name__)
+
+NESTING_MAX = 8
+"""The kernel allows overlays in overlays two deep (FILESYSTEM_MAX_STACK_DEPTH); this is only a bound."""
 
 
 @dataclass(eq=False)
@@ -150,6 +153,7 @@ class MountBook:
                 self._update(self.mounts[device], sighting)
             elif sighting.stack is not None:
                 await self._add(sighting, sighting.stack)
+        await self._nest()
         await self._drop_unused()
 
     async def _add(self, sighting: Sighting, stack: ResolvedStack) -> None:
@@ -180,6 +184,42 @@ class MountBook:
             return
         mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids or mount.mount_ids
         self._engine.retarget(self._target(mount.overlay, mount.stack))
+
+    async def _nest(self) -> None:
+        """Find out which mounts have a lower inside another one."""
+        outers: dict[str, tuple[Outer, ...]] = {}
+        for device, mount in self.mounts.items():
+            for layer in mount.layers:
+                if layer.directory.magic != OVERLAYFS_MAGIC:
+                    continue
+                inner = self.mounts.get(_device(layer.directory))
+                if inner is not None:
+                    outer = Outer(device, _below(layer.directory, inner.overlay))
+                    outers[inner.overlay.device] = (*outers.get(inner.overlay.device, ()), outer)
+                    await self._watch_upper(inner)
+                if layer.worker is None and inner is not None:
+                    layer.become("live", "changes come through the layers of the overlay that it lies in")
+        self._engine.nest(outers)
+
+    async def _watch_upper(self, mount: Mount) -> None:
+        """What is done through a mount lands in its upper; to those around it that is a change of a lower like any other."""
+        upper = mount.stack.upper
+        if upper is None or upper.error or any(layer.directory == upper for layer in mount.layers):
+            return
+        layer = await self._layer(upper)
+        layer.devices.add(mount.overlay.device)
+        mount.layers.append(layer)
+        self._layers.reroute()
+
+    def innermost_first(self, mounts: Iterable[Mount]) -> list[list[Mount]]:
+        """The mounts and those that they lie in, in levels: what is told of one level concerns those that follow."""
+        levels: list[list[Mount]] = []
+        level = {mount.overlay.device: mount for mount in mounts}
+        while level and len(levels) <= NESTING_MAX:
+            levels.insert(0, list(level.values()))
+            devices = {_device(layer.directory) for mount in level.values() for layer in mount.layers}
+            level = {device: self.mounts[device] for device in devices if device in self.mounts}
+        return levels
 
     async def _layer(self, directory: LayerDirectory, *, configured: ConfiguredLayer | None = None) -> Layer:
         layer = self._layers.layers.get(key_of(directory))
@@ -229,7 +269,38 @@ class MountBook:
     def _target(self, overlay: Overlay, stack: ResolvedStack) -> Target:
         coherence = self.config.coherence_for(point.path for point in overlay.mount_points)
         acts = coherence.mode == "repair" and "invalidate" in coherence.actions
-        return build_target(overlay, stack, self.courier, observe=not acts, budget=float(coherence.budget))
+        return build_target(
+            overlay,
+            stack,
+            self.courier,
+            observe=not acts,
+            budget=float(coherence.budget),
+            telling_overlays=self._telling_overlays(),
+        )
+
+    def _telling_overlays(self) -> set[int]:
+        telling: set[int] = set()
+        for device, mount in self.mounts.items():  # an inner one is mounted, and so found, before those around it
+            if all(cache_tells(layer, telling) for layer in layers_of(mount.stack)):
+                major, _, minor = device.partition(":")
+                telling.add(os.makedev(int(major), int(minor)))
+        return telling
+
+
+def _device(directory: LayerDirectory) -> str:
+    return f"{os.major(directory.device)}:{os.minor(directory.device)}"
+
+
+def _below(directory: LayerDirectory, inner: Overlay) -> bytes | None:
+    """Where in an overlay's merged mount a directory lies, by its path; None if that does not tell."""
+    for point in inner.mount_points:
+        if point.root != b"/" or point.namespace != directory.view.namespace:
+            continue
+        if directory.path == point.path:
+            return b""
+        if directory.path.startswith(point.path.rstrip(b"/") + b"/"):
+            return directory.path[len(point.path.rstrip(b"/")) + 1 :]
+    return None
 
 
 def _same(mount: Mount, sighting: Sighting) -> bool:
