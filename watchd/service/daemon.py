@@ -134,6 +134,7 @@ class Daemon:
             with contextlib.suppress(JournalError):
                 await self._journal.close()
             return
+        await asyncio.sleep(0)  # what the engine's threads told last is recorded first
         self._journal.append([Stop(time.time_ns(), __version__, _boot_id())])
         await self._journal.close()
 

@@ -79,8 +79,6 @@ class Layer:
     devices: set[str] = field(default_factory=set)
     configured: bool = False
     worker: Worker | None = None
-    starting: Worker | None = None
-    """Is asked to watch the layer and has not answered yet."""
     state: str = "scanning"
     reason: str = ""
     complete_ns: int = 0
@@ -187,7 +185,11 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
+<<<<<<< HEAD
                 await self._start(layer, self._worker(backend, layer))
+=======
+                layer.worker = await self._start(layer, self._worker(backend, layer))
+>>>>>>> e2e
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
@@ -204,16 +206,16 @@ class LayerBook:
         if layer.directory.magic != OVERLAYFS_MAGIC:  # the mount book knows better
             log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
 
-    async def _start(self, layer: Layer, worker: Worker) -> None:
+    async def _start(self, layer: Layer, worker: Worker) -> Worker:
         """Have the worker watch the layer. Raises as `Source.add`."""
-        layer.starting = worker
+        self._starting.append(worker)
         try:
             await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
         finally:
-            layer.starting = None
+            self._starting.remove(worker)
         if worker.is_broken:  # its loss may have been told before it was the layer's
             raise LayerError("its source was lost as soon as it was there")
-        layer.worker = worker
+        return worker
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -263,12 +265,22 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
+<<<<<<< HEAD
         for key, worker in list(self._workers.items()):
             is_used = any(worker in (layer.worker, layer.starting) for layer in self.layers.values())
             if not is_used and self._workers.get(key) is worker:  # others are at it too
                 del self._workers[key]
                 self._release_barriers()
                 await self._loop.run_in_executor(None, worker.stop)
+=======
+        used = {*self._starting, *(layer.worker for layer in self.layers.values())}
+        unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
+        for key, _ in unused:
+            del self._workers[key]
+        self._release_barriers()
+        for _, worker in unused:
+            await self._loop.run_in_executor(None, worker.stop)
+>>>>>>> e2e
 
     def _discard_soon(self) -> None:
         task = self._loop.create_task(self._discard_unused())
