@@ -45,11 +45,7 @@ def test_a_pinned_file_is_not_called_coherent(sandbox: Sandbox, daemon: Daemon, 
         assert mount["state"] == "pinned"
         [stale] = mount["stale"]
         assert (stale["path"], stale["kind"]) == ("d/file", kind)
-<<<<<<< HEAD
-        assert [(pin["pid"], pin["how"]) for pin in stale["pinned_by"]] == [(holder, "open")]
-=======
         assert {"pid": holder, "command": "sh", "how": "open"} in stale["pinned_by"]
->>>>>>> e2e
     assert daemon.verb("sync", merged).returncode == 0
     assert os.path.exists(merged + b"/d/file") == (kind == "replaced")
     assert daemon.mount(merged)["state"] == "coherent"

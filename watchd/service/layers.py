@@ -121,6 +121,8 @@ class LayerBook:
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
+        self._starting: list[Worker] = []
+        """Asked to watch a layer just now, so not to be discarded though no layer has them yet."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
@@ -185,11 +187,7 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-<<<<<<< HEAD
-                await self._start(layer, self._worker(backend, layer))
-=======
                 layer.worker = await self._start(layer, self._worker(backend, layer))
->>>>>>> e2e
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
@@ -265,14 +263,6 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-<<<<<<< HEAD
-        for key, worker in list(self._workers.items()):
-            is_used = any(worker in (layer.worker, layer.starting) for layer in self.layers.values())
-            if not is_used and self._workers.get(key) is worker:  # others are at it too
-                del self._workers[key]
-                self._release_barriers()
-                await self._loop.run_in_executor(None, worker.stop)
-=======
         used = {*self._starting, *(layer.worker for layer in self.layers.values())}
         unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
         for key, _ in unused:
@@ -280,7 +270,6 @@ class LayerBook:
         self._release_barriers()
         for _, worker in unused:
             await self._loop.run_in_executor(None, worker.stop)
->>>>>>> e2e
 
     def _discard_soon(self) -> None:
         task = self._loop.create_task(self._discard_unused())
