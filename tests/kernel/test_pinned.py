@@ -95,7 +95,7 @@ def test_changes_told_while_the_layer_was_out_of_reach_are_not_forgotten(sandbox
     assert not os.path.exists(merged + b"/new")
     os.rename(low, low + b".away")
     replace(low + b".away/new", b"new")
-    assert daemon.verb("sync", merged).returncode == 1
+    daemon.sync()
     os.rename(low + b".away", low)
     assert daemon.verb("sync", merged).returncode == 0
     assert os.path.exists(merged + b"/new")

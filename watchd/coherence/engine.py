@@ -428,8 +428,11 @@ def work(
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
         if before and not (target.observe or task.must_act or task.is_recheck or _any_of(before, task.suspects)):
-            stale = tuple(view.stale(known, acted=True))  # nothing new: its recheck comes by itself, ever less often
-        elif (before or task.must_act) and not target.observe:
+            # Nothing new: its recheck, which also asks again who holds it, comes by itself, ever less often.
+            still = {entry.path for entry in view.stale(known, acted=True)}
+            stale = tuple(entry for entry in task.stale if entry.path in still)
+            return _round(task, target, None, len(stale), stale, 0), stale
+        if (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
                 duration_ns += sum(_invalidate(outer) for outer in around)
