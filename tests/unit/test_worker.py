@@ -145,7 +145,7 @@ def test_batches_are_told_in_order_and_recorded_when_there_is_rest(
     source: PipeSource, told: Told, worker: Worker
 ) -> None:
     source.write(*(b"%d" % number for number in range(100)))
-    said = []
+    said: list[tuple[str, Any]] = []
     while [value for what, value in said if what == "batch"][-1:] != [b"99"]:
         said.append(told.next())
     assert [value for what, value in said if what == "batch"] == [b"%d" % number for number in range(100)]

@@ -1,11 +1,15 @@
 """What the layers of an overlay add up to at one path: the union rules, applied to the layers as they are now.
 
-Facts (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c)
+Facts (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c and readdir.c of 6.18; held by a test against the kernel)
 * Layers are searched from the top. The first entry that is no directory ends the search and provides the object; directories
   merge with those below until one is opaque (xattr overlay.opaque = "y") or something else than a directory is met.
-* A whiteout is a character device 0:0, or, in a directory whose overlay.opaque is "x", an empty regular file with the xattr
-  overlay.whiteout. It hides what is below.
-* overlay.redirect on a directory says under which name (or absolute path) the layers below have it.
+* A whiteout is a character device 0:0 or an empty regular file with the xattr overlay.whiteout. It hides what is below. Lookup
+  finds the latter anywhere; listings leave it out only in a directory whose overlay.opaque is "x".
+* A directory that only one layer has is listed as it is, whiteouts and all, unless it has the xattr overlay.origin.
+* overlay.redirect on a directory says under which name, or absolute path, the layers below have it. An absolute path is walked
+  in all layers below from their roots, also in those that the parent does not consist of. The directories on its way are
+  redirected and opaque in turn, except that an absolute redirect further on lifts an opaque one before it.
+* The root is made of the roots of all layers whatever their xattrs, and the last layer's xattrs are not asked for.
 * The xattrs live in trusted.*, with the option userxattr in user.*. They cannot be read through an O_PATH descriptor, but
   through its /proc/self/fd link.
 * Data-only layers provide no names.
@@ -47,6 +51,17 @@ class _Member:
 
     layer: int
     descriptor: int
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search for one directory, on its way down through the layers."""
+
+    path: list[bytes]
+    """What to look for in the next layer: one name in the parent, or components from the layer's root."""
+    absolute: bool = False
+    stop: bool = False
+    """Nothing of the layers below belongs to it."""
 
 
 @dataclass(slots=True)
@@ -115,21 +130,26 @@ class Union:
 
     def listing(self, path: bytes) -> dict[bytes, bool]:
         """The names of a merged directory and whether each is a directory. Raises OSError."""
+        members = self._members(path)
+        if len(members) == 1 and self._xattr(members[0].descriptor, "origin") is None:
+            return {name: stat.S_ISDIR(status.st_mode) for name, status in _scan(members[0].descriptor)}
         names: dict[bytes, bool] = {}
         hidden: set[bytes] = set()
-        for member in self._members(path):
+        for member in members:
+            marked = self._xattr(member.descriptor, "opaque") == b"x"
             for name, status in _scan(member.descriptor):
                 if name in names or name in hidden:
                     continue
-                if self._is_whiteout(status, member, name):
+                if self._is_whiteout(status, member, name, by_xattr=marked):
                     hidden.add(name)
                 else:
                     names[name] = stat.S_ISDIR(status.st_mode)
         return names
 
-    def depth(self, path: bytes) -> int:
-        """How many layers merge in the directory at `path`."""
-        return len(self._members(path))
+    def second(self, path: bytes) -> FileHandle | None:
+        """What the next layer below the first contributes to the merged directory at `path`. Raises OSError."""
+        members = self._members(path)
+        return name_to_handle_at(members[1].descriptor) if len(members) > 1 else None
 
     def _members(self, path: bytes) -> list[_Member]:
         """The parts of the merged directory at `path`, top first; empty if it is none."""
@@ -154,33 +174,73 @@ class Union:
         return _Directory(b"", [_Member(layer, root) for layer, root in enumerate(self._roots)])
 
     def _descend(self, parent: _Directory, name: bytes) -> _Directory:
-        directory = _Directory(name)
-        name_below: bytes = name
-        for member in parent.members:
-            base, relative = member.descriptor, name_below
-            if name_below.startswith(b"/"):
-                base, relative = self._roots[member.layer], name_below.strip(b"/")
-            descriptor = try_openat2(base, relative, flags=_OPEN_DIRECTORY)
-            if descriptor < 0:
-                if -descriptor in _NOTHING:
+        directory, search = _Directory(name), _Search([name])
+        try:
+            among, number = parent.members, 0
+            while number < len(among) and not search.stop:
+                member = among[number]
+                number += 1
+                descriptor = self._find(member, search)
+                if descriptor is None:
                     continue
-                if -descriptor in _ABSENT:
-                    break  # not a directory, a whiteout among others: what is below is hidden
-                raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(relative))
-            directory.members.append(_Member(member.layer, descriptor))
-            if member.layer == len(self._roots) - 1:
-                break
-            marks = self._marks(descriptor)
-            if "opaque" in marks and self._xattr(descriptor, "opaque") == b"y":
-                break
-            if "redirect" in marks:
-                name_below = self._xattr(descriptor, "redirect") or name_below
+                directory.members.append(_Member(member.layer, descriptor))
+                if search.absolute:
+                    among, number = self._chain[0].members, member.layer + 1
+        except BaseException:
+            directory.close()
+            raise
         return directory
 
-    def _is_whiteout(self, status: os.stat_result, member: _Member, name: bytes) -> bool:
+    def _find(self, start: _Member, search: _Search) -> int | None:
+        """The directory in one layer, an owned descriptor."""
+        descriptor = start.descriptor
+        position = 0
+        try:
+            while position < len(search.path):
+                below = try_openat2(descriptor, search.path[position], flags=_OPEN_DIRECTORY)
+                if descriptor != start.descriptor:
+                    os.close(descriptor)
+                descriptor = below
+                if descriptor < 0:
+                    self._missed(-descriptor, search, position)
+                    return None
+                position = self._turn(descriptor, start.layer, search, position) + 1
+        except BaseException:
+            if descriptor >= 0 and descriptor != start.descriptor:
+                os.close(descriptor)
+            raise
+        return descriptor
+
+    def _missed(self, error: int, search: _Search, position: int) -> None:
+        if error in _NOTHING:
+            return
+        if error not in _ABSENT:
+            raise OSError(error, os.strerror(error), os.fsdecode(search.path[position]))
+        search.stop = True  # not a directory, a whiteout among others: what is below is hidden
+
+    def _turn(self, descriptor: int, layer: int, search: _Search, position: int) -> int:
+        """Heed the marks of a directory on the way; returns its position in the path, which a redirect changes."""
+        if layer == len(self._roots) - 1:
+            return position
+        marks = self._marks(descriptor)
+        if "opaque" in marks and self._xattr(descriptor, "opaque") == b"y":
+            search.stop = True
+            return position
+        redirect = self._xattr(descriptor, "redirect") if "redirect" in marks else None
+        if not redirect:
+            return position
+        after = search.path[position + 1 :]
+        if not redirect.startswith(b"/"):
+            search.path[position] = redirect
+            return position
+        to = redirect.strip(b"/").split(b"/")
+        search.path, search.absolute, search.stop = to + after, True, False
+        return len(to) - 1
+
+    def _is_whiteout(self, status: os.stat_result, member: _Member, name: bytes, *, by_xattr: bool = True) -> bool:
         if stat.S_ISCHR(status.st_mode):
             return status.st_rdev == 0
-        if stat.S_ISREG(status.st_mode) and status.st_size == 0 and self._xattr(member.descriptor, "opaque") == b"x":
+        if by_xattr and stat.S_ISREG(status.st_mode) and status.st_size == 0:
             return self._xattr(member.descriptor, "whiteout", name) is not None
         return False
 

@@ -111,20 +111,16 @@ class ControlServer:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                line = await reader.readline()
-            result = await self._dispatch(line, writer)
+            line = await _read_request(reader)
+            return _encode({"ok": True, "result": await self._dispatch(line, writer)})
         except WatchdError as error:
             kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), "internal")
             return _failure(str(error), kind)
-        except (ValueError, TimeoutError) as error:
-            return _failure(f"bad request: {error or 'it did not arrive in time'}", "usage")
         except OSError as error:
             return _failure(f"{error.filename or 'internal error'}: {error.strerror}", "internal")
         except Exception as error:
             log.exception("a request failed")
             return _failure(f"internal error, please report it: {error!r}", "internal")
-        return _encode({"ok": True, "result": result})
 
     async def _dispatch(self, line: bytes, writer: asyncio.StreamWriter) -> Any:
         try:
@@ -143,6 +139,16 @@ class ControlServer:
         _, uid, _ = _ucred.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
         if verb in self._root_only and uid not in (0, os.geteuid()):
             raise NotPermittedError(f"{verb} is for root only, not for uid {uid}", remedy="run it as root")
+
+
+async def _read_request(reader: asyncio.StreamReader) -> bytes:
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            return await reader.readline()
+    except TimeoutError:
+        raise UsageError("bad request: it did not arrive in time") from None
+    except ValueError as error:
+        raise UsageError(f"bad request: {error}") from None
 
 
 def _failure(message: str, kind: str) -> bytes:
