@@ -149,7 +149,7 @@ class Union:
     def second(self, path: bytes) -> FileHandle | None:
         """What the next layer below the first contributes to the merged directory at `path`. Raises OSError."""
         members = self._members(path)
-        return name_to_handle_at(members[1].descriptor) if len(members) > 1 else None
+        return handle_of(members[1].descriptor) if len(members) > 1 else None
 
     def _members(self, path: bytes) -> list[_Member]:
         """The parts of the merged directory at `path`, top first; empty if it is none."""

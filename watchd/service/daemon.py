@@ -47,6 +47,9 @@ REFRESH_PAUSE_S = 0.05
 
 SYNC_TIMEOUT_S = 30.0
 
+SYNC_PAUSES_S = (0.01, 0.03, 0.1)
+"""What somebody just opened for a moment seems held: before `sync` says so it looks again after these."""
+
 SWITCH_INTERVAL_S = 0.0001
 """How long a busy thread keeps the interpreter from another one that was woken; Python's default of 5 ms would be most of
 the time that a repair takes."""

@@ -14,7 +14,6 @@ Facts
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
@@ -227,9 +226,14 @@ class FanotifySource:
     def _anchors(self) -> list[int]:
         """Descriptors of the mounts that the layers lie in, opened when they are needed and closed when idle."""
         if not self._opened:
+            problem: LayerError | None = None
             for layer in self._layers.values():
-                with contextlib.suppress(LayerError):
+                try:
                     self._open_anchor(layer)
+                except LayerError as error:
+                    problem = error
+            if problem is not None and not self._opened:
+                raise problem  # nothing can be looked at, so what is told would be lost
         return self._opened
 
     def _open_anchor(self, layer: WatchedLayer) -> None:

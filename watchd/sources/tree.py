@@ -50,7 +50,9 @@ class DirectoryTree:
 
     def add_root(self, handle: bytes, layer: str) -> None:
         """`handle` is the root directory of `layer`."""
-        self._roots.setdefault(handle, []).append(layer)
+        layers = self._roots.setdefault(handle, [])
+        if layer not in layers:
+            layers.append(layer)
         self.clear()
 
     def remove_root(self, layer: str) -> None:
