@@ -70,3 +70,23 @@ def test_an_overlay_in_another_namespace_is_kept_true(sandbox: Sandbox, daemon: 
         shutil.rmtree(low + b"/d")
         repopulate(low)
         assert daemon.sync(merged) == []
+
+
+def test_a_tree_moved_into_a_bind_mounted_layer_through_another_mount_is_watched(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    whole = sandbox.mount_tmpfs(b"whole")
+    for name in (b"whole/shared/low", b"whole/outside/tree/deep"):
+        sandbox.directory(name)
+    low = sandbox.bind(b"whole/shared", b"bound") + b"/low"
+    merged = sandbox.overlay(b"merged", b"bound/low", upper=b"up")
+    daemon.start()
+    os.close(os.open(whole + b"/outside/tree/deep/heard", os.O_CREAT | os.O_WRONLY))
+    daemon.sync()
+    os.rename(whole + b"/outside/tree", whole + b"/shared/low/tree")
+    daemon.sync()
+    assert not os.path.exists(merged + b"/tree/deep/new")
+    os.close(os.open(low + b"/tree/deep/new", os.O_CREAT | os.O_WRONLY))
+    assert daemon.sync(merged) == []
+    assert os.path.exists(merged + b"/tree/deep/new")
+    assert "tree/deep/new" in daemon.verb("log").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,16 @@ def test_a_loop_device_can_be_detached(
             assert daemon.sync(merged) == []
         sandbox.umount(b"merged")
         image.close()
+
+
+def test_sync_of_everything_is_not_troubled_by_a_mount_that_vanishes_meanwhile(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    sandbox.overlay(b"stays", b"low", upper=b"up")
+    daemon.start()
+    for _ in range(ROUNDS):
+        sandbox.overlay(b"passes", b"other", b"third")
+        leaving = threading.Thread(target=sandbox.umount, args=(b"passes",))
+        leaving.start()
+        assert daemon.sync() == []
+        leaving.join()

@@ -70,3 +70,32 @@ def test_a_mount_that_is_hidden_while_its_lower_changes_is_repaired_when_it_show
     assert {record["type"] for record in daemon.log()} == {"start", "change", "action"}, (
         "its layers were watched all along"
     )
+
+
+def test_a_pinned_name_does_not_make_every_other_change_flush_the_mount(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    populate(low)
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    with held(merged + b"/d/file"):
+        os.unlink(low + b"/d/file")
+        daemon.sync()
+        before = daemon.mount(merged)["actions"]["invalidate"]
+        for number in range(100):
+            replace(low + b"/d/other%d" % number, b"nobody looked for it")
+            assert [stale["path"] for mount in daemon.sync() for stale in mount["stale"]] == ["d/file"]
+        assert daemon.mount(merged)["actions"]["invalidate"] < before + 50
+    assert daemon.sync() == []
+
+
+def test_changes_told_while_the_layer_was_out_of_reach_are_not_forgotten(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert not os.path.exists(merged + b"/new")
+    os.rename(low, low + b".away")
+    replace(low + b".away/new", b"new")
+    assert daemon.verb("sync", merged).returncode == 1
+    os.rename(low + b".away", low)
+    assert daemon.verb("sync", merged).returncode == 0
+    assert os.path.exists(merged + b"/new")

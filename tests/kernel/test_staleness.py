@@ -119,3 +119,25 @@ def test_a_lower_over_a_squashfs_is_no_different(
     low = sandbox.directory(b"low")
     populate(low)
     put_to(accident, two_lowers(sandbox, low, filesystem), running)
+
+
+def test_a_path_longer_than_the_kernel_takes_does_not_hide_other_changes(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    below = os.open(low, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir(b"x" * 250, dir_fd=below)
+        below, above = os.open(b"x" * 250, os.O_RDONLY, dir_fd=below), below
+        os.close(above)
+    deepest = os.open(merged, os.O_RDONLY)
+    for _ in range(20):
+        deepest, above = os.open(b"x" * 250, os.O_RDONLY, dir_fd=deepest), deepest
+        os.close(above)
+    daemon.start()
+    os.close(deepest)
+    assert not os.path.exists(merged + b"/new")
+    os.close(os.open(b"deep", os.O_CREAT | os.O_WRONLY, dir_fd=below))
+    os.close(os.open(low + b"/new", os.O_CREAT | os.O_WRONLY))
+    assert daemon.verb("sync", merged).returncode == 0
+    assert os.path.exists(merged + b"/new")
+    os.close(below)

@@ -8,14 +8,13 @@ may have let go.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -132,14 +131,20 @@ class Task:
 class Engine:
     """The mounts that are kept coherent and the threads that do it. All methods may be called from any thread."""
 
-    def __init__(self, observer: Observer, *, threads: int = 4) -> None:
+    def __init__(self, observer: Observer, *, threads: int = 4, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """`clock` tells nanoseconds of CLOCK_MONOTONIC."""
         self._observer = observer
-        self._condition = threading.Condition()
+        self._clock = clock
+        lock = threading.RLock()
+        self._condition = threading.Condition(lock)
+        """Something to do for the threads."""
+        self._over = threading.Condition(lock)
+        """A round is over: for those who wait to settle, who must not take a thread's place in line."""
         self._mounts: dict[str, _Mount] = {}
         self._outers: Mapping[str, tuple[Outer, ...]] = {}
         self._ready: deque[_Mount] = deque()
-        self._delayed: list[tuple[int, int, _Mount]] = []
-        self._tie = itertools.count()
+        self._delayed: dict[_Mount, int] = {}
+        """Mounts that have to wait, for their budget or to be looked at again -> until when."""
         self._stopping = False
         self._handles = Handles()
         self.flooded = 0
@@ -172,7 +177,8 @@ class Engine:
         with self._condition:
             if mount := self._mounts.pop(device, None):
                 mount.removed = True
-                self._condition.notify_all()
+                self._delayed.pop(mount, None)
+                self._over.notify_all()
 
     def suspect(
         self, devices: Sequence[str], suspects: Mapping[bytes, int], *, number: int, read_ns: int
@@ -213,10 +219,10 @@ class Engine:
                         self._ask(mount)
                     waiting.append((mount, mount.rounds_asked))
             while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
-                remaining = deadline_ns - time.monotonic_ns()
+                remaining = deadline_ns - self._clock()
                 if remaining <= 0 or self._stopping:
                     return False
-                self._condition.wait(remaining / 1e9)
+                self._over.wait(remaining / 1e9)
         return True
 
     def state(self, device: str) -> MountState | None:
@@ -237,6 +243,7 @@ class Engine:
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
+            self._over.notify_all()
         for thread in self._threads:
             thread.join(STOP_TIMEOUT_S)  # one that hangs on a filesystem ends with the process
         self._handles.expire()
@@ -257,9 +264,10 @@ class Engine:
         if mount.queued or mount.busy:
             return
         mount.queued = True
-        if mount.not_before_ns > time.monotonic_ns():
-            heapq.heappush(self._delayed, (mount.not_before_ns, next(self._tie), mount))
+        if mount.not_before_ns > self._clock():
+            self._delayed[mount] = mount.not_before_ns
         else:
+            self._delayed.pop(mount, None)
             self._ready.append(mount)
         self._condition.notify()
 
@@ -284,7 +292,7 @@ class Engine:
             not mount.busy
             and mount.target.device not in self._outers
             and not mount.queued
-            and mount.not_before_ns <= time.monotonic_ns()
+            and mount.not_before_ns <= self._clock()
             and len(mount.suspects) <= INLINE_SUSPECTS_MAX
             and mount.last_duration_ns <= INLINE_DURATION_MAX_NS
             and all(layer.cache_tells for layer in mount.target.layers)
@@ -293,15 +301,14 @@ class Engine:
     def _next(self) -> _Mount | None:
         """Wait for a mount that is due; None when stopping."""
         while not self._stopping:
-            now = time.monotonic_ns()
-            while self._delayed and self._delayed[0][0] <= now:
-                mount = heapq.heappop(self._delayed)[2]
-                if mount.recheck_at_ns <= now and not mount.queued and not mount.busy:
-                    mount.recheck_at_ns = _NEVER
-                    mount.rounds_asked += 1
+            now = self._clock()
+            for mount in [mount for mount, due_ns in self._delayed.items() if due_ns <= now]:
+                del self._delayed[mount]
+                if not mount.queued:  # time to look again at what was stale
                     mount.queued = True
-                if mount.queued and not mount.busy and mount not in self._ready:
-                    self._ready.append(mount)
+                    mount.rounds_asked += 1
+                    mount.recheck_at_ns = _NEVER
+                self._ready.append(mount)
             while self._ready:
                 mount = self._ready.popleft()
                 if not mount.removed:
@@ -312,39 +319,52 @@ class Engine:
     def _rest(self, now: int) -> None:
         """Wait for something to become due; layers that were used are let go meanwhile."""
         expiry = self._handles.expire(now_ns=now)
-        due = [self._delayed[0][0]] if self._delayed else []
-        due += [expiry] if expiry else []
+        due = [*self._delayed.values(), *([expiry] if expiry else [])]
         self._condition.wait((min(due) - now) / 1e9 if due else None)
 
     def _take(self, mount: _Mount) -> Task:
         task = Task(mount.suspects, mount.stale, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
+        self._delayed.pop(mount, None)
         return task
 
     def _finish(self, mount: _Mount, task: Task, round: Round, stale: tuple[Stale, ...]) -> None:
         mount.busy = False
-        self._forward(task, self._outers.get(mount.target.device, ()))
+        if round.result != "failed":
+            self._forward(task, self._outers.get(mount.target.device, ()))
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
-        if round.error:  # nothing was verified, so all of it is still suspect
-            self._gather(mount, task.suspects)
-            mount.must_act |= task.must_act
+        if round.result == "failed":
+            self._put_back(mount, task)
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
             mount.last_duration_ns = round.duration_ns
             pause = round.duration_ns / mount.target.budget - round.duration_ns
-            mount.not_before_ns = time.monotonic_ns() + int(pause)
+            mount.not_before_ns = self._clock() + int(pause)
         if mount.rounds_asked > task.asked:
             mount.rounds_asked -= 1
             self._ask(mount)
         elif (stale or round.error) and not mount.removed:
-            mount.recheck_at_ns = time.monotonic_ns() + mount.recheck_ns
-            mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
-            heapq.heappush(self._delayed, (mount.recheck_at_ns, next(self._tie), mount))
+            self._recheck_later(mount)
         else:
-            mount.recheck_ns = RECHECK_FIRST_NS
-        self._condition.notify_all()
+            mount.recheck_ns, mount.recheck_at_ns = RECHECK_FIRST_NS, _NEVER
+        self._condition.notify()  # after a round in another thread than ours: there may be something to wait for now
+        self._over.notify_all()
+
+    def _recheck_later(self, mount: _Mount) -> None:
+        """Look again at what is stale, at a time that other rounds until then do not put off."""
+        if mount.recheck_at_ns == _NEVER:
+            mount.recheck_at_ns = self._clock() + mount.recheck_ns
+            mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
+        self._delayed[mount] = max(mount.recheck_at_ns, mount.not_before_ns)
+
+    def _put_back(self, mount: _Mount, task: Task) -> None:
+        """Nobody could look: what was suspected is suspected still."""
+        self._gather(mount, task.suspects)
+        mount.must_act |= task.must_act
+        if task.oldest_ns is not None:
+            mount.oldest_ns = task.oldest_ns
 
     def _forward(self, task: Task, outers: Iterable[Outer]) -> None:
         """What changed in an overlay may be stale in those around it, which can be told only now that it is true itself."""
@@ -402,11 +422,14 @@ def work(
             held = view.pinned(task.stale)
             if all(entry.pinned_by for entry in held):  # as long as it is held, acting disturbs for nothing
                 return _round(task, target, None, len(held), held, 0), held
-        suspects = {**task.suspects, **{entry.path: ANYTHING for entry in task.stale}}
+        known = {entry.path: ANYTHING for entry in task.stale}
+        suspects = {**task.suspects, **known}
         before = _some(view, suspects, must_act=task.must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
-        if (before or task.must_act) and not target.observe:
+        if before and not (target.observe or task.must_act or task.is_recheck or _any_of(before, task.suspects)):
+            stale = tuple(view.stale(known, acted=True))  # nothing new: its recheck comes by itself, ever less often
+        elif (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
                 duration_ns += sum(_invalidate(outer) for outer in around)
@@ -432,6 +455,10 @@ def _invalidate(outer: Target) -> int:
         return 0
     finally:
         os.close(merged)
+
+
+def _any_of(stale: Iterable[Stale], paths: Mapping[bytes, int]) -> bool:
+    return any(entry.path in paths for entry in stale)
 
 
 def _round(

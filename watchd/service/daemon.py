@@ -32,7 +32,7 @@ from watchd.service.layers import LayerBook
 from watchd.service.mounts import MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
-from watchd.service.status import mounts_status, snapshot, status
+from watchd.service.status import mounts_status, snapshot, state_of, status
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class Daemon:
             with contextlib.suppress(JournalError):
                 await self._journal.close()
             return
+        await asyncio.sleep(0)  # what the engine's threads told last is recorded first
         self._journal.append([Stop(time.time_ns(), __version__, _boot_id())])
         await self._journal.close()
 
@@ -244,6 +245,8 @@ class Daemon:
                     if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
                         raise TimeoutError
                 await self._journal.flush()
+                if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
+                    await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
             raise DeadlineError(
                 f"not everything was verified within {timeout_s:g} s", remedy="see `watchd status`, or raise --timeout"

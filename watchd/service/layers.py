@@ -122,6 +122,7 @@ class LayerBook:
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
         self._starting: list[Worker] = []
+        """Asked to watch a layer just now, so not to be discarded though no layer has them yet."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
