@@ -441,6 +441,11 @@ def work(
                 if not stale:
                     break
                 again = {entry.path: suspects[entry.path] for entry in stale}
+        if task.must_act and not target.observe:  # little is cached now, so all of that can be looked at
+            told = {entry.path for entry in stale}
+            stale += tuple(
+                entry for entry in view.stale(dict(view.cached_names()), acted=True) if entry.path not in told
+            )
         if stale and name_holders:
             stale = view.pinned(stale)
     return _round(task, target, method, len(before), stale, duration_ns), stale

@@ -144,7 +144,7 @@ class View:
                     os.close(descriptor)
                     if is_dir:
                         pending.append(path)
-                yield path, int(Kind.ATTRIB | Kind.CREATE)
+                yield path, int(Kind.CREATE)
 
     def _is_cached(self, directory: bytes, cached: dict[bytes, bool]) -> bool:
         """Whether a directory is in the merged mount's cache, going down from the root with a memory of the answers."""

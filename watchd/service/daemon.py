@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from watchd.records import Action, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.control import ControlServer
 from watchd.service.layers import LayerBook
-from watchd.service.mounts import MountBook
+from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
 from watchd.service.status import mounts_status, snapshot, state_of, status
@@ -149,7 +149,7 @@ class Daemon:
 
     async def _keep_looking(self) -> None:
         """Refresh when mounts changed, when there are new namespaces, and when something is in trouble."""
-        troubled_at = time.monotonic()
+        troubled_at = checked_at = time.monotonic()
         while True:
             told = False
             with contextlib.suppress(TimeoutError):
@@ -160,6 +160,10 @@ class Daemon:
             if told or overdue or await self._mounts.namespaces_changed():
                 troubled_at = time.monotonic()
                 await self._refresh()
+            if time.monotonic() - checked_at > TROUBLE_INTERVAL_S:
+                checked_at = time.monotonic()
+                await self._mounts.check_layers(list(self._mounts.mounts.values()))
+            if told or overdue:
                 await asyncio.sleep(REFRESH_PAUSE_S)
 
     async def _refresh(self) -> None:
@@ -243,11 +247,9 @@ class Daemon:
                 levels = self._mounts.innermost_first(mounts)
                 concerned = [layer for level in levels for mount in level for layer in mount.layers]
                 await self._layers.barrier(concerned if patterns else list(self._layers.layers.values()))
-                for level in levels:
-                    devices = [mount.overlay.device for mount in level]
-                    if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
-                        raise TimeoutError
+                await self._settle(levels, deadline_ns)
                 await self._journal.flush()
+                await self._mounts.check_layers(mounts)
                 if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
                     await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
@@ -257,6 +259,18 @@ class Daemon:
         # What was unmounted meanwhile is not asked for any more.
         kept = [mount for mount in mounts if self._mounts.mounts.get(mount.overlay.device) is mount]
         return {"mounts": mounts_status(kept, self._engine)}
+
+    async def _settle(self, levels: Sequence[Sequence[Mount]], deadline_ns: int) -> None:
+        """Wait until all was verified; what is stale is looked at again a few times. Raises TimeoutError."""
+        for pause_s in (*SYNC_PAUSES_S, None):
+            for level in levels:
+                devices = [mount.overlay.device for mount in level]
+                if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
+                    raise TimeoutError
+            states = {state_of(mount, self._engine)[0] for level in levels for mount in level}
+            if pause_s is None or not states & {"stale", "pinned"}:
+                return
+            await asyncio.sleep(pause_s)
 
     async def _reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
         reloading()

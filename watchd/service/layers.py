@@ -288,6 +288,8 @@ class LayerBook:
         self._wait_for_room()
         if batch.look is not None:
             batch.changes += batch.look()
+        for name in batch.linked:
+            self._engine.doubt(self._routes.get(name, ()))
         if batch.changes or batch.complete_ns:
             self._call(self._record, number, worker, batch)
         for round in rounds:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from watchd.coherence.target import Outer, Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of, primary_point
 from watchd.config.schema import Config
 from watchd.config.schema import Layer as ConfiguredLayer
+from watchd.errors import LayerError
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
@@ -49,6 +50,8 @@ class Mount:
     layers: list[Layer]
     unknown: tuple[LayerDirectory, ...]
     """Layers that could not be found, with the reason in `error`."""
+    displaced: str = ""
+    """Why a layer's path does not lead to the layer any more: it was replaced, removed or mounted over."""
 
 
 class MountBook:
@@ -103,6 +106,29 @@ class MountBook:
         hits = {pattern: [m for m in self.mounts.values() if matches(m.overlay, pattern)] for pattern in patterns}
         chosen = {mount.overlay.device: mount for found in hits.values() for mount in found}
         return list(chosen.values()), [pattern for pattern, found in hits.items() if not found]
+
+    async def check_layers(self, mounts: Sequence[Mount]) -> None:
+        """See whether the layers of these mounts are still what their paths lead to; an overlay goes on with the old ones."""
+        found = await self._loop.run_in_executor(self._thread, self._displaced, [mount.stack for mount in mounts])
+        for mount, reason in zip(mounts, found, strict=True):
+            if reason and not mount.displaced:
+                log.warning("%s: %s", mount.overlay.device, reason)
+            mount.displaced = reason
+
+    def _displaced(self, stacks: Sequence[ResolvedStack]) -> list[str]:
+        known: dict[LayerDirectory, str] = {}
+        for stack in stacks:
+            for layer in layers_of(stack):
+                if not layer.error and layer not in known:
+                    known[layer] = self._why_displaced(layer)
+        return [next((known[one] for one in layers_of(stack) if known.get(one)), "") for stack in stacks]
+
+    def _why_displaced(self, layer: LayerDirectory) -> str:
+        try:
+            os.close(clone_directory(layer, self.courier))
+        except LayerError as error:
+            return str(error)
+        return ""
 
     async def reconfigure(self, config: Config) -> None:
         """Use this configuration from now on."""

@@ -126,6 +126,7 @@ class FanotifySource:
                 for touch in touches:
                     if touch.kinds != Kind.MODIFY:
                         stale[place.child(touch.name)] = touch.kinds
+        linked: set[str] = set()
         return Batch(
             changes=[],
             records=counts,
@@ -135,7 +136,8 @@ class FanotifySource:
             overflow=events.overflow,
             moved_in=moved_in,
             suspects=suspects,
-            look=partial(self._look, groups, now_ns),
+            linked=linked,
+            look=partial(self._look, groups, now_ns, linked),
         )
 
     def _read(self, events: Events) -> bool:
@@ -199,12 +201,12 @@ class FanotifySource:
             for name, value, key in names
         ]
 
-    def _look(self, groups: list[tuple[bytes, Place, list[Touch]]], now_ns: int) -> list[Change]:
+    def _look(self, groups: list[tuple[bytes, Place, list[Touch]]], now_ns: int, linked: set[str]) -> list[Change]:
         changes: list[Change] = []
         for handle, place, touches in groups:
             descriptor = self._tree.open(handle)
             try:
-                changes += look(descriptor, place, touches, now_ns)
+                changes += look(descriptor, place, touches, now_ns, linked=linked)
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
