@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -70,6 +71,67 @@ def test_an_overlay_in_another_namespace_is_kept_true(sandbox: Sandbox, daemon: 
         shutil.rmtree(low + b"/d")
         repopulate(low)
         assert daemon.sync(merged) == []
+
+
+def test_a_namespace_goes_on_being_kept_when_the_process_it_was_found_by_ends(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    first = sandbox.inmate()
+    names = {name: os.fsdecode(sandbox.path(name.encode())) for name in ("low", "m", "up", "work")}
+    first.run(MOUNT.format(**names, more=""))
+    second = subprocess.Popen(["nsenter", "--target", str(first.pid), "--mount", "cat"], stdin=subprocess.PIPE)
+    try:
+        merged = sandbox.path(b"m")
+        daemon.start()
+        assert daemon.mount(merged)["mount_points"][0]["pid"] == first.pid
+        seen = b"/proc/%d/root%s/new" % (second.pid, merged)
+        assert not os.path.exists(seen)
+        first.end()
+        with open(low + b"/new", "w"):
+            pass
+        assert daemon.sync(merged) == []
+        assert os.path.exists(seen)
+        assert "new" in daemon.changed()
+    finally:
+        second.communicate()
+
+
+@pytest.mark.parametrize("how", ["made anew", "mounted over"])
+def test_a_layer_whose_path_leads_elsewhere_is_not_called_coherent(sandbox: Sandbox, daemon: Daemon, how: str) -> None:
+    low = sandbox.directory(b"low")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert daemon.sync(merged) == []
+    if how == "made anew":
+        os.rmdir(low)
+        os.mkdir(low)
+    else:
+        sandbox.mount_tmpfs(b"low")
+    with open(low + b"/new", "w"):
+        pass
+    done = daemon.verb("sync", merged)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "layer" in done.stdout
+    if how == "mounted over":
+        sandbox.umount(b"low")
+        assert daemon.verb("sync", merged).returncode == 0
+
+
+def test_permissions_taken_away_through_one_name_of_a_file_hold_under_its_other_names(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    low = sandbox.directory(b"low")
+    with open(low + b"/one", "w"):
+        pass
+    os.chmod(low + b"/one", 0o644)
+    os.link(low + b"/one", low + b"/other")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    with open_root(merged) as root:
+        before = look(root, [b"other"])
+    os.chmod(low + b"/one", 0o600)
+    assert daemon.sync(merged) == []
+    with open_root(merged) as root:
+        assert look(root, [b"other"]) != before
 
 
 def test_a_tree_moved_into_a_bind_mounted_layer_through_another_mount_is_watched(
