@@ -8,6 +8,7 @@ may have let go.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -69,6 +70,8 @@ class Round:
     latency_ns: int | None
     """From the reading of the oldest event covered to the end of the round."""
     error: str = ""
+    cost_ns: int | None = None
+    """CPU time of the action, which its budget is charged with: waiting for a processor is no load. None: `duration_ns`."""
 
 
 class Observer(Protocol):
@@ -339,8 +342,9 @@ class Engine:
             self._put_back(mount, task)
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
-            mount.last_duration_ns = round.duration_ns
-            pause = round.duration_ns / mount.target.budget - round.duration_ns
+            cost_ns = round.duration_ns if round.cost_ns is None else round.cost_ns
+            mount.last_duration_ns = cost_ns
+            pause = cost_ns / mount.target.budget - cost_ns
             mount.not_before_ns = self._clock() + int(pause)
         if mount.rounds_asked > task.asked:
             mount.rounds_asked -= 1
@@ -425,7 +429,7 @@ def work(
         known = {entry.path: ANYTHING for entry in task.stale}
         suspects = {**task.suspects, **known}
         before = _some(view, suspects, must_act=task.must_act, target=target)
-        method, duration_ns = None, 0
+        method, duration_ns, cost_ns = None, 0, 0
         stale: tuple[Stale, ...] = before
         if before and not (target.observe or task.must_act or task.is_recheck or _any_of(before, task.suspects)):
             # Nothing new: its recheck, which also asks again who holds it, comes by itself, ever less often.
@@ -433,14 +437,8 @@ def work(
             stale = tuple(entry for entry in task.stale if entry.path in still)
             return _round(task, target, None, len(stale), stale, 0), stale
         if (before or task.must_act) and not target.observe:
-            method, again = "invalidate", suspects
-            for _ in range(ATTEMPTS):
-                duration_ns += sum(_invalidate(outer) for outer in around)
-                duration_ns += invalidate(view.merged, read_only=target.read_only)
-                stale = tuple(view.stale(again, acted=True))
-                if not stale:
-                    break
-                again = {entry.path: suspects[entry.path] for entry in stale}
+            method = "invalidate"
+            stale, duration_ns, cost_ns = _act(view, target, suspects, around)
         if task.must_act and not target.observe:  # little is cached now, so all of that can be looked at
             told = {entry.path for entry in stale}
             stale += tuple(
@@ -448,21 +446,37 @@ def work(
             )
         if stale and name_holders:
             stale = view.pinned(stale)
-    return _round(task, target, method, len(before), stale, duration_ns), stale
+    return _round(task, target, method, len(before), stale, duration_ns, cost_ns), stale
 
 
-def _invalidate(outer: Target) -> int:
+def _act(
+    view: View, target: Target, suspects: Mapping[bytes, int], around: Sequence[Target]
+) -> tuple[tuple[Stale, ...], int, int]:
+    """Invalidate and verify; returns what is stale still, and the time and the CPU time of the invalidations alone."""
+    duration_ns = cost_ns = 0
+    stale: tuple[Stale, ...] = ()
+    for _ in range(ATTEMPTS):
+        started_ns, started_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        for outer in around:
+            _invalidate(outer)
+        invalidate(view.merged, read_only=target.read_only)
+        duration_ns += time.monotonic_ns() - started_ns
+        cost_ns += time.thread_time_ns() - started_cpu_ns
+        stale = tuple(view.stale(suspects, acted=True))
+        if not stale:
+            break
+        suspects = {entry.path: suspects[entry.path] for entry in stale}
+    return stale, duration_ns, cost_ns
+
+
+def _invalidate(outer: Target) -> None:
     """One that cannot be had is gone, or fails its own round."""
-    try:
+    with contextlib.suppress(MountError):
         merged = outer.open()
-    except MountError:
-        return 0
-    try:
-        return invalidate(merged, read_only=outer.read_only)
-    except MountError:
-        return 0
-    finally:
-        os.close(merged)
+        try:
+            invalidate(merged, read_only=outer.read_only)
+        finally:
+            os.close(merged)
 
 
 def _any_of(stale: Iterable[Stale], paths: Mapping[bytes, int]) -> bool:
@@ -470,11 +484,17 @@ def _any_of(stale: Iterable[Stale], paths: Mapping[bytes, int]) -> bool:
 
 
 def _round(
-    task: Task, target: Target, method: str | None, before: int, stale: Sequence[Stale], duration_ns: int
+    task: Task,
+    target: Target,
+    method: str | None,
+    before: int,
+    stale: Sequence[Stale],
+    duration_ns: int = 0,
+    cost_ns: int = 0,
 ) -> Round:
     latency = None if task.oldest_ns is None else time.monotonic_ns() - task.oldest_ns
     result = "stale" if stale else "coherent"
-    return Round(target, method, result, before, len(stale), duration_ns, task.upto, latency)
+    return Round(target, method, result, before, len(stale), duration_ns, task.upto, latency, cost_ns=cost_ns)
 
 
 def _some(view: View, suspects: Mapping[bytes, int], *, must_act: bool, target: Target) -> tuple[Stale, ...]:
