@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.images import Images
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
 from tests.kernel.sandbox import umount as sandbox_umount
 from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
@@ -24,27 +25,27 @@ def _own_mount_namespace() -> None:
 @pytest.fixture
 def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     """A tmpfs to mount on; afterwards nothing of the test may be left."""
-    before = Belongings()
+    before = Belongings(tmp_path.parent)
     sandbox = Sandbox(tmp_path)
     yield sandbox
     sandbox.tidy_up()
     for thread in threading.enumerate():
         if thread.name not in before.threads:
             thread.join(timeout=10)
-    assert vars(Belongings()) == vars(before)
+    assert vars(Belongings(tmp_path.parent)) == vars(before)
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Path]:
     """A fresh tmpfs. Unmounting it at the end fails, and with it the test, if anything on it was left open."""
-    before = Belongings()
+    before = Belongings(tmp_path.parent)
     path = tmp_path / "workspace"
     path.mkdir()
     mount_tmpfs(path)
     yield path
     if path.is_mount():
         umount(path)
-    assert vars(Belongings()) == vars(before)
+    assert vars(Belongings(tmp_path.parent)) == vars(before)
 
 
 def mount_tmpfs(path: Path) -> None:
@@ -63,3 +64,9 @@ def courier(sandbox: Sandbox) -> Iterator[Courier]:
     courier = Courier()
     yield courier
     courier.close()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """Filesystems on loop devices."""
+    return Images(tmp_path_factory.mktemp("images"))

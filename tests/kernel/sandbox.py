@@ -151,14 +151,22 @@ class Sandbox:
 
 
 class Belongings:
-    """What a process has, to be compared before and after."""
+    """What a process has, to be compared before and after; of loop devices, those of files below `images`."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: Path) -> None:
         self.mounts = {info.mount_id for info in parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())}
-        self.loop_devices = {path.parent.parent.name for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+        files = Path("/sys/block").glob("loop*/loop/backing_file")
+        self.loop_devices = {file for file in map(_content, files) if file.startswith(f"{images}/")}
         self.descriptors = {(fd, target) for fd in os.listdir("/proc/self/fd") if (target := _target(fd))}
         self.children = Path("/proc/thread-self/children").read_text().split()
         self.threads = {thread.name for thread in threading.enumerate()}
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # a loop device of somebody else that was just detached
+        return ""
 
 
 def _target(fd: str) -> str:

@@ -44,6 +44,7 @@ def build_target(
             for layer in layers
         ),
         open=functools.partial(_open_merged, overlay, courier),
+        has_upper=stack.upper is not None,
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
         renames_directories=overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),

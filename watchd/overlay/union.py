@@ -39,7 +39,8 @@ class Entry:
 
     layer: int
     """Index of the layer that provides it, 0 is the top."""
-    handle: FileHandle
+    handle: FileHandle | None
+    """None where the filesystem has none."""
     is_dir: bool
 
 
@@ -96,7 +97,7 @@ class Union:
         if descriptor is None:
             return None
         try:
-            return Entry(found[0], name_to_handle_at(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
+            return Entry(found[0], _handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
         finally:
             os.close(descriptor)
 
@@ -147,7 +148,7 @@ class Union:
     def second(self, path: bytes) -> FileHandle | None:
         """What the next layer below the first contributes to the merged directory at `path`. Raises OSError."""
         members = self._members(path)
-        return name_to_handle_at(members[1].descriptor) if len(members) > 1 else None
+        return _handle_of(members[1].descriptor) if len(members) > 1 else None
 
     def _members(self, path: bytes) -> list[_Member]:
         """The parts of the merged directory at `path`, top first; empty if it is none."""
@@ -265,6 +266,15 @@ def _open(directory: int, name: bytes) -> int | None:
     if -descriptor in _ABSENT:
         return None
     raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(name))
+
+
+def _handle_of(descriptor: int) -> FileHandle | None:
+    try:
+        return name_to_handle_at(descriptor)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
 
 
 def _scan(directory: int) -> list[tuple[bytes, os.stat_result]]:
