@@ -32,6 +32,8 @@ class Snapshot:
     layer_states: Iterable[str] = ()
     mount_states: Iterable[str] = ()
     stale_entries: Mapping[str, int] = field(default_factory=dict)
+    """Mount -> names."""
+    pinned_entries: Mapping[str, int] = field(default_factory=dict)
     journal_last_sequence: int = 0
     journal_bytes: int = 0
     queue_bytes: int = 0
@@ -163,10 +165,8 @@ class _Gauges(Collector):
         now = self._snapshot()
         yield _by_state("watchd_layers", "Lower layers.", LAYER_STATES, list(now.layer_states))
         yield _by_state("watchd_mounts", "Merged mounts.", MOUNT_STATES, list(now.mount_states))
-        stale = GaugeMetricFamily("watchd_mount_stale_entries", "Names known to be stale.", labels=["mount"])
-        for mount, count in now.stale_entries.items():
-            stale.add_metric([mount], count)
-        yield stale
+        yield _by_mount("watchd_mount_stale_entries", "Names known to be stale.", now.stale_entries)
+        yield _by_mount("watchd_mount_pinned_entries", "Stale names that somebody holds.", now.pinned_entries)
         yield GaugeMetricFamily(
             "watchd_journal_last_sequence", "Sequence number of the last record.", value=now.journal_last_sequence
         )
@@ -174,6 +174,13 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "watchd_queue_bytes", "Events that the kernel holds for watchd to read.", value=now.queue_bytes
         )
+
+
+def _by_mount(name: str, text: str, counts: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=["mount"])
+    for mount, count in counts.items():
+        family.add_metric([mount], count)
+    return family
 
 
 def _by_state(name: str, text: str, states: tuple[str, ...], found: list[str]) -> Metric:

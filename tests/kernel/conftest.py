@@ -10,42 +10,50 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.images import Images
+from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
 from tests.kernel.sandbox import umount as sandbox_umount
 from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_mount_namespace() -> None:
+@pytest.fixture(scope="session")
+def own_mount_namespace() -> None:
     """Whatever is mounted from here on vanishes with this process, even if it is killed."""
     unshare(CLONE_NEWNS)
     mount(b"none", b"/", flags=MS_REC | MS_PRIVATE)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _always_own_mount_namespace(own_mount_namespace: None) -> None:
+    """All tests here, whether they say that they mount or not."""
+
+
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+def sandbox(own_mount_namespace: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """A tmpfs to mount on; afterwards nothing of the test may be left."""
-    before = Belongings(tmp_path.parent)
+    home = tmp_path_factory.getbasetemp()
+    before = Belongings(home)
     sandbox = Sandbox(tmp_path)
     yield sandbox
     sandbox.tidy_up()
     for thread in threading.enumerate():
         if thread.name not in before.threads:
             thread.join(timeout=10)
-    assert vars(Belongings(tmp_path.parent)) == vars(before)
+    assert vars(Belongings(home)) == vars(before)
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Iterator[Path]:
+def workspace(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh tmpfs. Unmounting it at the end fails, and with it the test, if anything on it was left open."""
-    before = Belongings(tmp_path.parent)
+    home = tmp_path_factory.getbasetemp()
+    before = Belongings(home)
     path = tmp_path / "workspace"
     path.mkdir()
     mount_tmpfs(path)
     yield path
     if path.is_mount():
         umount(path)
-    assert vars(Belongings(tmp_path.parent)) == vars(before)
+    assert vars(Belongings(home)) == vars(before)
 
 
 def mount_tmpfs(path: Path) -> None:
@@ -70,3 +78,11 @@ def courier(sandbox: Sandbox) -> Iterator[Courier]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
     """Filesystems on loop devices."""
     return Images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def daemon(sandbox: Sandbox) -> Iterator[Daemon]:
+    """A daemon for the mounts of the sandbox, not started yet; afterwards it must have ended well and said nothing odd."""
+    daemon = Daemon(sandbox.directory(b"daemon"), scope=sandbox.root)
+    yield daemon
+    daemon.close()

@@ -44,6 +44,11 @@ def umount(target: bytes) -> None:
     _umount2(target, 0)
 
 
+def move_mount(detached: int, target: bytes) -> None:
+    """move_mount(2): a detached mount to a mount point."""
+    _move_mount(detached, b"", AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
+
+
 class Inmate:
     """A shell in a mount namespace of its own, which does what it is told."""
 
@@ -118,7 +123,7 @@ class Sandbox:
         finally:
             os.close(context)
         try:
-            _move_mount(detached, b"", AT_FDCWD, self.directory(name), _MOVE_MOUNT_F_EMPTY_PATH)
+            move_mount(detached, self.directory(name))
         finally:
             os.close(detached)
         self._mounts.append(self.path(name))
@@ -151,22 +156,22 @@ class Sandbox:
 
 
 class Belongings:
-    """What a process has, to be compared before and after; of loop devices, those of files below `images`."""
+    """What a process has, to be compared before and after."""
 
-    def __init__(self, images: Path) -> None:
+    def __init__(self, home: Path) -> None:
+        """Loop devices belong to the host, so only those of files below `home` count."""
         self.mounts = {info.mount_id for info in parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())}
-        files = Path("/sys/block").glob("loop*/loop/backing_file")
-        self.loop_devices = {file for file in map(_content, files) if file.startswith(f"{images}/")}
+        self.loop_devices = {path for path in Path("/sys/block").glob("loop*/loop/backing_file") if _is_of(path, home)}
         self.descriptors = {(fd, target) for fd in os.listdir("/proc/self/fd") if (target := _target(fd))}
         self.children = Path("/proc/thread-self/children").read_text().split()
         self.threads = {thread.name for thread in threading.enumerate()}
 
 
-def _content(file: Path) -> str:
+def _is_of(backing_file: Path, home: Path) -> bool:
     try:
-        return file.read_text()
-    except OSError:  # a loop device of somebody else that was just detached
-        return ""
+        return backing_file.read_text().startswith(f"{home}/")
+    except OSError:  # somebody detached it just now
+        return False
 
 
 def _target(fd: str) -> str:

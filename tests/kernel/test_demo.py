@@ -17,7 +17,7 @@ def test_the_demo_heals_every_unpinned_case_and_leaves_nothing_behind() -> None:
     for case in CASES:
         row = next(line for line in done.stdout.splitlines() if line.strip().startswith(case.name))
         assert case.after in row or "pinned: reported by `watchd sync`" in row
-    assert done.stdout.count(": replaced\n") == sum(case.pin is not None for case in CASES)
+    assert done.stdout.count(": replaced, held by ") == sum(case.pin is not None for case in CASES)
     assert set(Path("/tmp").glob("watchd-demo-*")) <= before
 
 

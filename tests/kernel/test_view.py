@@ -40,6 +40,7 @@ class Merged:
         self.target = Target(
             "0:0",
             path,
+            (path,),
             tuple(
                 LayerRoot(layer, functools.partial(open_tree_clone, AT_FDCWD, layer), layer, cache_tells)
                 for layer in layers

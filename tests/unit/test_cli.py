@@ -130,6 +130,7 @@ def test_version() -> None:
         (["stat"], "No such command 'stat'"),
         (["sync", "--timeout", "soon"], "Invalid value for '--timeout'"),
         (["sync", "--timeout", "-1"], "Invalid value for '--timeout'"),
+        (["sync", "--timeout", "nan"], "--timeout is no number; give seconds"),
         (["status", "extra"], "Got unexpected extra argument (extra); see `watchd status --help`"),
         (["invalidate"], "Missing argument 'MOUNT...'; see `watchd invalidate --help`"),
         (["invalidate", "/m", "--method", "hope"], "Invalid value for '--method'"),
@@ -185,7 +186,7 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_verb(*arguments: str, stdout: int, config: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from watchd.cli import main; main()", *arguments]
-    environment = os.environ | {"WATCHD_CONFIG": str(config)}
+    environment = os.environ | {"WATCHD_CONFIG": str(config), "PYTHONUNBUFFERED": ""}  # buffered, as users have it
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, check=False)
 
 
@@ -296,8 +297,15 @@ def test_reload_tells_a_bad_configuration(ask: Any, daemon: FakeDaemon) -> None:
         78,
         "watchd: /etc/watchd/watchd.yaml:3: log.level: 'loud' is none of debug\n",
     )
-    daemon.answers({})
-    assert ask("reload").exit_code == 0
+    daemon.answers({"files": [], "after_restart": []})
+    done = ask("reload")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_reload_names_what_waits_for_a_restart(ask: Any, daemon: FakeDaemon) -> None:
+    daemon.answers({"files": [], "after_restart": ["journal"]})
+    done = ask("reload")
+    assert (done.exit_code, done.stderr) == (0, "watchd: journal takes effect at the next start of the daemon\n")
 
 
 def outcome(result: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
@@ -12,11 +12,13 @@ import pytest
 
 from watchd.coherence import engine as module
 from watchd.coherence.engine import (
+    ANYTHING,
     INLINE_DURATION_MAX_NS,
     RECHECK_FIRST_NS,
     RECHECK_LAST_NS,
     Engine,
     Round,
+    Task,
 )
 from watchd.coherence.handles import Handles
 from watchd.coherence.target import LayerRoot, Target
@@ -91,13 +93,13 @@ class Stage:
         self,
         target: Target,
         handles: Handles,
-        suspects: Mapping[bytes, int],
+        task: Task,
         *,
-        must_act: bool,
-        upto: int = 0,
-        oldest_ns: int | None = None,
+        around: Sequence[Target] = (),
+        name_holders: bool = False,
     ) -> tuple[Round, tuple[Stale, ...]]:
-        call = Call(target, suspects, must_act, upto, oldest_ns)
+        suspects = {**task.suspects, **{stale.path: ANYTHING for stale in task.stale}}
+        call = Call(target, suspects, task.must_act, task.upto, task.oldest_ns)
         self._begun.append(call)
         self._calls.put(call)
         return call.result()
@@ -155,7 +157,7 @@ class Stage:
 
 def target(device: str = "0:1", *, quick: bool = False, **settings: Any) -> Target:
     """A mount; only a quick one is worked on by whoever tells of changes."""
-    return Target(device, b"/m", (LayerRoot(b"/l", lambda: -1, cache_tells=quick),), lambda: -1, **settings)
+    return Target(device, b"/m", (b"/m",), (LayerRoot(b"/l", lambda: -1, cache_tells=quick),), lambda: -1, **settings)
 
 
 @pytest.fixture(params=[4], ids=["4 threads"])

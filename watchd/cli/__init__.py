@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -81,6 +82,7 @@ class _Verbs(click.Group):
             status = super().main(*args, **extra | {"standalone_mode": False, "prog_name": "watchd"})
         except Exception as error:
             status = _fail(error)
+            _drop_unwritten()
         sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -95,6 +97,17 @@ def _fail(error: Exception) -> int:
     if not isinstance(error, click.Abort):
         click.echo(f"watchd: {printable(_line(error))}", err=True)
     return next((status for kind, status in EXIT_STATUSES.items() if isinstance(error, kind)), FAILED)
+
+
+def _drop_unwritten() -> None:
+    """What cannot be written was told; the interpreter would try once more on its way out, and tell it in its own way."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _line(error: Exception) -> str:

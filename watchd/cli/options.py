@@ -20,14 +20,16 @@ config_option = click.option(
     "--config",
     "config_file",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     envvar="WATCHD_CONFIG",
     help="Configuration to use instead of /etc/watchd/watchd.yaml.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
-config_argument = click.argument("file", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
+config_argument = click.argument(
+    "file", metavar="[FILE]", required=False, type=click.Path(path_type=Path, readable=False)
+)
 
 
 def ask_daemon(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
 
 from watchd.cli.options import ask_daemon, config_option, json_option, mount_patterns
 from watchd.cli.render import echo_json, is_coherent, stale_lines
+from watchd.errors import UsageError
 
 ANSWER_MARGIN_SECONDS = 5.0
 """The daemon keeps the deadline; this much later it is the daemon that is late."""
@@ -32,6 +34,8 @@ def sync(mounts: tuple[str, ...], timeout: float, as_json: bool, config_file: Pa
     verified: with exit status 0 when it is coherent, 1 when something is still stale (it is printed with the processes that
     pin it), 3 when the time is over. MOUNT is a mount point, a major:minor or a glob; without any it is all of them.
     """
+    if math.isnan(timeout):
+        raise UsageError("--timeout is no number", remedy="give seconds, such as 30")
     result = ask_daemon(
         config_file,
         "sync",

@@ -9,6 +9,8 @@ may have let go.
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import threading
 import time
 from collections import deque
@@ -18,10 +20,12 @@ from typing import Protocol
 
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
-from watchd.coherence.target import Target
+from watchd.coherence.target import Outer, Target
 from watchd.coherence.view import Stale, View
-from watchd.errors import WatchdError
+from watchd.errors import MountError, WatchdError
 from watchd.records import Kind
+
+log = logging.getLogger(__name__)
 
 SUSPECTS_MAX = 50_000
 """Beyond so many suspects a mount is invalidated without looking at each of them first; counted as `flooded`."""
@@ -35,6 +39,8 @@ comparison makes it seem stale; both are over at the second attempt."""
 
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
+STOP_TIMEOUT_S = 5.0
+_NEVER = 1 << 63
 
 ANYTHING = sum(Kind)
 """`Kind` bits of a path of which nothing is known."""
@@ -77,7 +83,7 @@ class MountState:
     """What is known of a mount now."""
 
     state: str
-    """coherent, stale, failed or observed."""
+    """coherent, stale, pinned (everything stale is held by somebody), failed or observed."""
     stale: tuple[Stale, ...]
     actions: Mapping[str, int]
     error: str = ""
@@ -97,6 +103,7 @@ class _Mount:
     not_before_ns: int = 0
     last_duration_ns: int = 0
     recheck_ns: int = RECHECK_FIRST_NS
+    recheck_at_ns: int = _NEVER
     stale: tuple[Stale, ...] = ()
     error: str = ""
     actions: dict[str, int] = field(default_factory=dict)
@@ -104,14 +111,21 @@ class _Mount:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """What one round takes from a mount."""
 
-    suspects: dict[bytes, int]
-    must_act: bool
-    upto: int
-    oldest_ns: int | None
-    asked: int
+    suspects: Mapping[bytes, int]
+    stale: tuple[Stale, ...] = ()
+    """What the last round left stale."""
+    must_act: bool = False
+    upto: int = 0
+    oldest_ns: int | None = None
+    asked: int = 0
+
+    @property
+    def is_recheck(self) -> bool:
+        """Nothing is new: it is only to be seen whether what is stale can be healed by now."""
+        return bool(self.stale) and not self.suspects and not self.must_act
 
 
 class Engine:
@@ -127,6 +141,7 @@ class Engine:
         self._over = threading.Condition(lock)
         """A round is over: for those who wait to settle, who must not take a thread's place in line."""
         self._mounts: dict[str, _Mount] = {}
+        self._outers: Mapping[str, tuple[Outer, ...]] = {}
         self._ready: deque[_Mount] = deque()
         self._delayed: dict[_Mount, int] = {}
         """Mounts that have to wait, for their budget or to be looked at again -> until when."""
@@ -151,6 +166,11 @@ class Engine:
         with self._condition:
             if mount := self._mounts.get(target.device):
                 mount.target = target
+
+    def nest(self, outers: Mapping[str, tuple[Outer, ...]]) -> None:
+        """Which overlays have a lower in the merged mount of which (by the inner one's device)."""
+        with self._condition:
+            self._outers = outers
 
     def remove(self, device: str) -> None:
         """The mount is gone."""
@@ -178,7 +198,7 @@ class Engine:
             mount = mounts[0]
             mount.rounds_asked += 1
             task = self._take(mount)
-        return self._round(mount, task)
+        return self._round(mount, task, name_holders=False)  # the recheck, which follows soon, names them
 
     def doubt(self, devices: Iterable[str]) -> None:
         """Anything in these mounts may have become stale, for instance because events were lost."""
@@ -211,7 +231,9 @@ class Engine:
             mount = self._mounts.get(device)
             if mount is None:
                 return None
-            state = "failed" if mount.error else "stale" if mount.stale else "coherent"
+            state = "failed" if mount.error else "coherent"
+            if mount.stale and not mount.error:
+                state = "pinned" if all(entry.pinned_by for entry in mount.stale) else "stale"
             if mount.target.observe and state == "coherent":
                 state = "observed"
             return MountState(state, mount.stale, dict(mount.actions), mount.error)
@@ -223,7 +245,7 @@ class Engine:
             self._condition.notify_all()
             self._over.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(STOP_TIMEOUT_S)  # one that hangs on a filesystem ends with the process
         self._handles.expire()
 
     def _gather(self, mount: _Mount, suspects: Mapping[bytes, int]) -> None:
@@ -256,10 +278,10 @@ class Engine:
                 if mount is None:
                     return
                 task = self._take(mount)
-            self._observer.round(self._round(mount, task))
+            self._observer.round(self._round(mount, task, name_holders=True))
 
-    def _round(self, mount: _Mount, task: _Task) -> Round:
-        round, stale = self._work(mount, task)
+    def _round(self, mount: _Mount, task: Task, *, name_holders: bool) -> Round:
+        round, stale = self._work(mount, task, name_holders=name_holders)
         with self._condition:
             self._finish(mount, task, round, stale)
         return round
@@ -268,6 +290,7 @@ class Engine:
         """Whether a round is short and waits for nobody."""
         return (
             not mount.busy
+            and mount.target.device not in self._outers
             and not mount.queued
             and mount.not_before_ns <= self._clock()
             and len(mount.suspects) <= INLINE_SUSPECTS_MAX
@@ -284,6 +307,7 @@ class Engine:
                 if not mount.queued:  # time to look again at what was stale
                     mount.queued = True
                     mount.rounds_asked += 1
+                    mount.recheck_at_ns = _NEVER
                 self._ready.append(mount)
             while self._ready:
                 mount = self._ready.popleft()
@@ -298,20 +322,20 @@ class Engine:
         due = [*self._delayed.values(), *([expiry] if expiry else [])]
         self._condition.wait((min(due) - now) / 1e9 if due else None)
 
-    def _take(self, mount: _Mount) -> _Task:
-        task = _Task(mount.suspects, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
+    def _take(self, mount: _Mount) -> Task:
+        task = Task(mount.suspects, mount.stale, mount.must_act, mount.upto, mount.oldest_ns, mount.rounds_asked)
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
         self._delayed.pop(mount, None)
-        for stale in mount.stale:
-            task.suspects[stale.path] = ANYTHING
         return task
 
-    def _finish(self, mount: _Mount, task: _Task, round: Round, stale: tuple[Stale, ...]) -> None:
+    def _finish(self, mount: _Mount, task: Task, round: Round, stale: tuple[Stale, ...]) -> None:
         mount.busy = False
+        if round.result != "failed":
+            self._forward(task, self._outers.get(mount.target.device, ()))
         mount.rounds_done = task.asked
         mount.stale, mount.error = stale, round.error
-        if round.error:
+        if round.result == "failed":
             self._put_back(mount, task)
         if round.method is not None:
             mount.actions[round.method] = mount.actions.get(round.method, 0) + 1
@@ -322,57 +346,135 @@ class Engine:
             mount.rounds_asked -= 1
             self._ask(mount)
         elif (stale or round.error) and not mount.removed:
-            self._delayed[mount] = max(self._clock() + mount.recheck_ns, mount.not_before_ns)
-            mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
+            self._recheck_later(mount)
         else:
-            mount.recheck_ns = RECHECK_FIRST_NS
+            mount.recheck_ns, mount.recheck_at_ns = RECHECK_FIRST_NS, _NEVER
         self._condition.notify()  # after a round in another thread than ours: there may be something to wait for now
         self._over.notify_all()
 
-    def _put_back(self, mount: _Mount, task: _Task) -> None:
+    def _recheck_later(self, mount: _Mount) -> None:
+        """Look again at what is stale, at a time that other rounds until then do not put off."""
+        if mount.recheck_at_ns == _NEVER:
+            mount.recheck_at_ns = self._clock() + mount.recheck_ns
+            mount.recheck_ns = min(mount.recheck_ns * 2, RECHECK_LAST_NS)
+        self._delayed[mount] = max(mount.recheck_at_ns, mount.not_before_ns)
+
+    def _put_back(self, mount: _Mount, task: Task) -> None:
         """Nobody could look: what was suspected is suspected still."""
         self._gather(mount, task.suspects)
         mount.must_act |= task.must_act
         if task.oldest_ns is not None:
             mount.oldest_ns = task.oldest_ns
 
-    def _work(self, mount: _Mount, task: _Task) -> tuple[Round, tuple[Stale, ...]]:
+    def _forward(self, task: Task, outers: Iterable[Outer]) -> None:
+        """What changed in an overlay may be stale in those around it, which can be told only now that it is true itself."""
+        for outer in outers:
+            mount = self._mounts.get(outer.device)
+            if mount is None:
+                continue
+            if task.must_act or (outer.below is None and task.suspects):
+                mount.must_act = True
+            translated = {outer.translate(path): kinds for path, kinds in task.suspects.items()}
+            self._gather(mount, {path: kinds for path, kinds in translated.items() if path is not None})
+            if mount.must_act or mount.suspects:
+                mount.upto = max(mount.upto, task.upto)
+                mount.oldest_ns = mount.oldest_ns or task.oldest_ns
+                self._ask(mount)
+
+    def _around(self, device: str) -> tuple[Target, ...]:
+        """The overlays around one, the outermost first."""
+        found: dict[str, Target] = {}
+        with self._condition:
+            pending = [device]
+            while pending:
+                for outer in self._outers.get(pending.pop(), ()):
+                    if (mount := self._mounts.get(outer.device)) and not mount.target.observe:
+                        found.pop(outer.device, None)
+                        found[outer.device] = mount.target
+                        pending.append(outer.device)
+        return tuple(reversed(found.values()))
+
+    def _work(self, mount: _Mount, task: Task, *, name_holders: bool) -> tuple[Round, tuple[Stale, ...]]:
         target = mount.target
         try:
-            return work(
-                target, self._handles, task.suspects, must_act=task.must_act, upto=task.upto, oldest_ns=task.oldest_ns
-            )
-        except (WatchdError, OSError) as error:
+            around = self._around(target.device)
+            return work(target, self._handles, task, around=around, name_holders=name_holders)
+        except Exception as error:  # whatever it is, it concerns this mount only, and its thread goes on
+            if not isinstance(error, WatchdError | OSError):
+                log.exception("a round on %s failed", target.device)
             known = mount.stale
-            failed = Round(target, None, "failed", len(known), len(known), 0, task.upto, None, str(error))
+            failed = Round(
+                target, None, "failed", len(known), len(known), 0, task.upto, None, str(error) or repr(error)
+            )
             return failed, known
 
 
 def work(
-    target: Target,
-    handles: Handles,
-    suspects: Mapping[bytes, int],
-    *,
-    must_act: bool,
-    upto: int = 0,
-    oldest_ns: int | None = None,
+    target: Target, handles: Handles, task: Task, *, around: Sequence[Target] = (), name_holders: bool = False
 ) -> tuple[Round, tuple[Stale, ...]]:
-    """One round on one mount: verify, act if something is stale, verify again. Raises MountError, LayerError, OSError."""
+    """One round on one mount: verify, act if something is stale, verify again.
+
+    `around`: overlays that hold references into this one, outermost first; without dropping those nothing here is dropped.
+    Raises MountError, LayerError, OSError.
+    """
     with View(target, handles) as view:
-        before = _some(view, suspects, must_act=must_act, target=target)
+        if task.is_recheck and name_holders:
+            held = view.pinned(task.stale)
+            if all(entry.pinned_by for entry in held):  # as long as it is held, acting disturbs for nothing
+                return _round(task, target, None, len(held), held, 0), held
+        known = {entry.path: ANYTHING for entry in task.stale}
+        suspects = {**task.suspects, **known}
+        before = _some(view, suspects, must_act=task.must_act, target=target)
         method, duration_ns = None, 0
         stale: tuple[Stale, ...] = before
-        if (before or must_act) and not target.observe:
+        if before and not (target.observe or task.must_act or task.is_recheck or _any_of(before, task.suspects)):
+            # Nothing new: its recheck, which also asks again who holds it, comes by itself, ever less often.
+            still = {entry.path for entry in view.stale(known, acted=True)}
+            stale = tuple(entry for entry in task.stale if entry.path in still)
+            return _round(task, target, None, len(stale), stale, 0), stale
+        if (before or task.must_act) and not target.observe:
             method, again = "invalidate", suspects
             for _ in range(ATTEMPTS):
+                duration_ns += sum(_invalidate(outer) for outer in around)
                 duration_ns += invalidate(view.merged, read_only=target.read_only)
                 stale = tuple(view.stale(again, acted=True))
                 if not stale:
                     break
                 again = {entry.path: suspects[entry.path] for entry in stale}
-    latency = None if oldest_ns is None else time.monotonic_ns() - oldest_ns
+        if task.must_act and not target.observe:  # little is cached now, so all of that can be looked at
+            told = {entry.path for entry in stale}
+            stale += tuple(
+                entry for entry in view.stale(dict(view.cached_names()), acted=True) if entry.path not in told
+            )
+        if stale and name_holders:
+            stale = view.pinned(stale)
+    return _round(task, target, method, len(before), stale, duration_ns), stale
+
+
+def _invalidate(outer: Target) -> int:
+    """One that cannot be had is gone, or fails its own round."""
+    try:
+        merged = outer.open()
+    except MountError:
+        return 0
+    try:
+        return invalidate(merged, read_only=outer.read_only)
+    except MountError:
+        return 0
+    finally:
+        os.close(merged)
+
+
+def _any_of(stale: Iterable[Stale], paths: Mapping[bytes, int]) -> bool:
+    return any(entry.path in paths for entry in stale)
+
+
+def _round(
+    task: Task, target: Target, method: str | None, before: int, stale: Sequence[Stale], duration_ns: int
+) -> Round:
+    latency = None if task.oldest_ns is None else time.monotonic_ns() - task.oldest_ns
     result = "stale" if stale else "coherent"
-    return Round(target, method, result, len(before), len(stale), duration_ns, upto, latency), stale
+    return Round(target, method, result, before, len(stale), duration_ns, task.upto, latency)
 
 
 def _some(view: View, suspects: Mapping[bytes, int], *, must_act: bool, target: Target) -> tuple[Stale, ...]:

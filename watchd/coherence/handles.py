@@ -1,8 +1,8 @@
 """Descriptors of layers that several rounds share, for moments.
 
-Facts: a detached clone costs 8 us to make and 70 us to close (its umount waits for RCU). It pins the superblock of the layer,
-not any mount; the merged mount itself is never kept here, because an overlay that lives on after its umount would refuse its
-upper directory to the next one.
+Facts: a detached clone costs 5 us to make and 30 to 70 us to close (its umount waits for RCU). It pins the superblock of the
+layer, not any mount; the merged mount itself is never kept here, because an overlay that lives on after its umount would
+refuse its upper directory to the next one.
 """
 
 from __future__ import annotations

@@ -20,12 +20,32 @@ class LayerRoot:
 
 
 @dataclass(frozen=True)
+class Outer:
+    """An overlay one of whose lowers lies in the merged mount of another one."""
+
+    device: str
+    below: bytes | None
+    """Where in the inner merged mount that lower lies; b"" is its root, None if that is not known."""
+
+    def translate(self, path: bytes) -> bytes | None:
+        """What `path` of the inner mount is in that lower; None if it lies outside."""
+        if not self.below:
+            return path
+        if path == self.below:
+            return b""
+        return path[len(self.below) + 1 :] if path.startswith(self.below + b"/") else None
+
+
+@dataclass(frozen=True)
 class Target:
     """A superblock of overlayfs that watchd keeps true."""
 
     device: str
     """major:minor"""
     mount_point: bytes
+    """The one to speak of."""
+    mount_points: tuple[bytes, ...]
+    """All of them, each in its own namespace."""
     layers: tuple[LayerRoot, ...]
     """Top first, the upper included, data-only layers left out."""
     open: Callable[[], int] = field(repr=False, compare=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from watchd.coherence.target import LayerRoot, Target
 from watchd.errors import MountError
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.overlay.access import clone_directory, clone_mount
-from watchd.overlay.model import MountPoint, Overlay, ResolvedStack
+from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedStack
 
 CACHE_TELLS = frozenset(
     {
@@ -26,28 +27,49 @@ CACHE_TELLS = frozenset(
 each. Everything else is looked up in earnest, which is slower and right."""
 
 
+def cache_tells(layer: LayerDirectory, telling_overlays: Collection[int] = ()) -> bool:
+    """Whether RESOLVE_CACHED finds what is cached of this layer."""
+    return layer.magic in CACHE_TELLS or layer.device in telling_overlays
+
+
+def layers_of(stack: ResolvedStack) -> list[LayerDirectory]:
+    """Top first, the upper included, data-only layers left out."""
+    return ([stack.upper] if stack.upper else []) + list(stack.lowers)
+
+
 def build_target(
-    overlay: Overlay, stack: ResolvedStack, courier: Courier, *, observe: bool = False, budget: float = 0.1
+    overlay: Overlay,
+    stack: ResolvedStack,
+    courier: Courier,
+    *,
+    observe: bool = False,
+    budget: float = 0.1,
+    telling_overlays: Collection[int] = (),
 ) -> Target:
-    """A target for the overlay. Layers that are unknown fail when they are opened, not here."""
-    layers = ([stack.upper] if stack.upper else []) + list(stack.lowers)
+    """A target for the overlay. Layers that are unknown fail when they are opened, not here.
+
+    `telling_overlays`: st_dev of overlays, perhaps layers of this one, whose own layers all pass `cache_tells`.
+    """
     return Target(
         device=overlay.device,
         mount_point=primary_point(overlay).path,
+        mount_points=tuple({point.path: None for point in overlay.mount_points if point.root == b"/"}),
         layers=tuple(
             LayerRoot(
                 layer.path,
                 functools.partial(clone_directory, layer, courier),
                 key=(layer.view.namespace, layer.path, layer.device, layer.handle),
-                cache_tells=layer.magic in CACHE_TELLS,
+                cache_tells=cache_tells(layer, telling_overlays),
             )
-            for layer in layers
+            for layer in layers_of(stack)
         ),
         open=functools.partial(_open_merged, overlay, courier),
         has_upper=stack.upper is not None,
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
-        renames_directories=overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
+        # Shown as on wherever there is no upper, where nothing can be renamed.
+        renames_directories=overlay.upperdir is not None
+        and overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
         observe=observe,
         budget=budget,
     )

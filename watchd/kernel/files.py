@@ -6,6 +6,7 @@ Facts
   refuses RCU walks (cgroup, FUSE, NFS and overlays over them) answer EAGAIN even when cached.
 * name_to_handle_at with AT_HANDLE_FID (6.5; answered by every overlay since 6.6) gives the identity of the object that an
   overlay resolves to now (kernel source: fs/overlayfs/export.c). AT_HANDLE_FID has the value of AT_REMOVEDIR.
+* A path of PATH_MAX (4096) bytes or more is refused with ENAMETOOLONG, though trees may be deeper than that.
 * open_by_handle_at wants a mount_fd that is not O_PATH.
 * setfsuid and setfsgid are per thread as raw system calls; a non-zero fsuid drops CAP_DAC_* for file access by itself.
 """
@@ -39,6 +40,7 @@ O_PATH_NOFOLLOW = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 AT_HANDLE_FID = 0x200
 MAX_HANDLE_SZ = 128
+_PATH_MAX = 4096
 
 _openat2 = system_call(437, "openat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _quiet_openat2 = quiet_system_call(437, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
@@ -73,9 +75,26 @@ def openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: i
 
 
 def try_openat2(dirfd: int, path: bytes, *, flags: int = O_PATH_NOFOLLOW, resolve: int = CONFINED) -> int:
-    """openat2(2) where not being able to is an everyday answer: an owned descriptor, or -errno."""
+    """openat2(2) where not being able to is an everyday answer: an owned descriptor, or -errno.
+
+    The path may be of any length."""
+    if len(path) >= _PATH_MAX:
+        return _try_in_pieces(dirfd, path, flags=flags, resolve=resolve)
     how = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve)
     return _quiet_openat2(dirfd, path, how, len(how))
+
+
+def _try_in_pieces(dirfd: int, path: bytes, *, flags: int, resolve: int) -> int:
+    cut = path.rfind(b"/", 0, _PATH_MAX)
+    if cut <= 0:
+        return -errno.ENAMETOOLONG
+    directory = try_openat2(dirfd, path[:cut], flags=O_PATH_NOFOLLOW | os.O_DIRECTORY, resolve=resolve)
+    if directory < 0:
+        return directory
+    try:
+        return try_openat2(directory, path[cut + 1 :], flags=flags, resolve=resolve)
+    finally:
+        os.close(directory)
 
 
 def faccessat2(dirfd: int, path: bytes, *, mode: int, flags: int) -> bool:

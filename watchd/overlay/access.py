@@ -27,6 +27,7 @@ from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD
 from watchd.kernel.mounts import open_tree_clone
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.kernel.statx import mount_id
+from watchd.overlay.discovery import find_namespaces
 from watchd.overlay.model import LayerDirectory, MountPoint, View
 
 T = TypeVar("T")
@@ -35,10 +36,19 @@ T = TypeVar("T")
 def in_view(
     view: View, errand: Callable[[], T], *, courier: Courier, discard: Callable[[T], object] | None = None
 ) -> T:
-    """Run `errand` where the paths of `view` hold: here if that is our own namespace, else by courier (see there)."""
+    """Run `errand` where the paths of `view` hold: here if that is our own namespace, else by courier (see there).
+
+    The process by which a namespace was found may end long before the namespace does; then another one of it leads there.
+    """
     if view.namespace == mount_namespace():
         return errand()
-    return courier.run(view.pid, errand, namespace=view.namespace, discard=discard)
+    try:
+        return courier.run(view.pid, errand, namespace=view.namespace, discard=discard)
+    except MountError:
+        other = find_namespaces("all").pids.get(view.namespace)
+        if other is None or other == view.pid:
+            raise
+        return courier.run(other, errand, namespace=view.namespace, discard=discard)
 
 
 def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:

@@ -26,7 +26,8 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, name_to_handle_at, try_openat2
+from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, try_openat2
+from watchd.overlay.access import handle_of
 
 _OPEN_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 _NOTHING = (errno.ENOENT, errno.ESTALE)
@@ -40,7 +41,7 @@ class Entry:
     layer: int
     """Index of the layer that provides it, 0 is the top."""
     handle: FileHandle | None
-    """None where the filesystem has none."""
+    """None where the layer's filesystem has no file handles, as an overlay that is a layer of another one."""
     is_dir: bool
 
 
@@ -97,7 +98,7 @@ class Union:
         if descriptor is None:
             return None
         try:
-            return Entry(found[0], _handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
+            return Entry(found[0], handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
         finally:
             os.close(descriptor)
 
@@ -148,7 +149,7 @@ class Union:
     def second(self, path: bytes) -> FileHandle | None:
         """What the next layer below the first contributes to the merged directory at `path`. Raises OSError."""
         members = self._members(path)
-        return _handle_of(members[1].descriptor) if len(members) > 1 else None
+        return handle_of(members[1].descriptor) if len(members) > 1 else None
 
     def _members(self, path: bytes) -> list[_Member]:
         """The parts of the merged directory at `path`, top first; empty if it is none."""
@@ -266,15 +267,6 @@ def _open(directory: int, name: bytes) -> int | None:
     if -descriptor in _ABSENT:
         return None
     raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(name))
-
-
-def _handle_of(descriptor: int) -> FileHandle | None:
-    try:
-        return name_to_handle_at(descriptor)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return None
 
 
 def _scan(directory: int) -> list[tuple[bytes, os.stat_result]]:

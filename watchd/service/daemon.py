@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from watchd.records import Action, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.control import ControlServer
 from watchd.service.layers import LayerBook
-from watchd.service.mounts import MountBook
+from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
-from watchd.service.status import mounts_status, snapshot, status
+from watchd.service.status import mounts_status, snapshot, state_of, status
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ REFRESH_PAUSE_S = 0.05
 """So that a storm of mounts costs one look in this time."""
 
 SYNC_TIMEOUT_S = 30.0
+
+SYNC_PAUSES_S = (0.01, 0.03, 0.1)
+"""What somebody just opened for a moment seems held: before `sync` says so it looks again after these."""
 
 SWITCH_INTERVAL_S = 0.0001
 """How long a busy thread keeps the interpreter from another one that was woken; Python's default of 5 ms would be most of
@@ -65,8 +68,11 @@ class Daemon:
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT, or until the journal fails. Raises WatchdError."""
+        for number in (signal.SIGTERM, signal.SIGINT):  # from the beginning, so that no stop is in bad order
+            self._loop.add_signal_handler(number, self._stop.set)
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
             notify(READY=1, STATUS=self._summary(), MAINPID=os.getpid())
             await self._serve()
             notify(STOPPING=1)
@@ -110,8 +116,6 @@ class Daemon:
         self._metrics.reloaded(ok=True, time_s=time.time())
 
     async def _serve(self) -> None:
-        for number, handler in self._signals().items():
-            self._loop.add_signal_handler(number, handler)
         tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
         stop = asyncio.create_task(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
@@ -128,18 +132,12 @@ class Daemon:
         if self._journal.failed.done():
             raise self._journal.failed.result()
 
-    def _signals(self) -> Mapping[signal.Signals, Callable[[], object]]:
-        return {
-            signal.SIGTERM: self._stop.set,
-            signal.SIGINT: self._stop.set,
-            signal.SIGHUP: lambda: self._tasks.append(asyncio.create_task(self._reload_on_signal())),
-        }
-
     async def _close_journal(self) -> None:
         if self._journal.failed.done():
             with contextlib.suppress(JournalError):
                 await self._journal.close()
             return
+        await asyncio.sleep(0)  # what the engine's threads told last is recorded first
         self._journal.append([Stop(time.time_ns(), __version__, _boot_id())])
         await self._journal.close()
 
@@ -151,7 +149,7 @@ class Daemon:
 
     async def _keep_looking(self) -> None:
         """Refresh when mounts changed, when there are new namespaces, and when something is in trouble."""
-        troubled_at = time.monotonic()
+        troubled_at = checked_at = time.monotonic()
         while True:
             told = False
             with contextlib.suppress(TimeoutError):
@@ -161,9 +159,19 @@ class Daemon:
             overdue = time.monotonic() - troubled_at > TROUBLE_INTERVAL_S and self._mounts.troubled()
             if told or overdue or await self._mounts.namespaces_changed():
                 troubled_at = time.monotonic()
-                await self._mounts.refresh()
-                notify(STATUS=self._summary())
+                await self._refresh()
+            if time.monotonic() - checked_at > TROUBLE_INTERVAL_S:
+                checked_at = time.monotonic()
+                await self._mounts.check_layers(list(self._mounts.mounts.values()))
+            if told or overdue:
                 await asyncio.sleep(REFRESH_PAUSE_S)
+
+    async def _refresh(self) -> None:
+        try:
+            await self._mounts.refresh()
+        except (WatchdError, OSError) as error:  # out of descriptors, for instance: what is kept goes on being kept
+            log.error("looking for mounts failed: %s", error)
+        notify(STATUS=self._summary())
 
     async def _feed_watchdog(self) -> None:
         interval = watchdog_interval_s()
@@ -236,12 +244,14 @@ class Daemon:
                         f"no overlay mount matches {unmatched[0]!r}",
                         remedy="see `watchd status` for those that are kept",
                     )
-                concerned = [layer for mount in mounts for layer in mount.layers]
+                levels = self._mounts.innermost_first(mounts)
+                concerned = [layer for level in levels for mount in level for layer in mount.layers]
                 await self._layers.barrier(concerned if patterns else list(self._layers.layers.values()))
-                devices = [mount.overlay.device for mount in mounts]
-                if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
-                    raise TimeoutError
+                await self._settle(levels, deadline_ns)
                 await self._journal.flush()
+                await self._mounts.check_layers(mounts)
+                if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
+                    await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
             raise DeadlineError(
                 f"not everything was verified within {timeout_s:g} s", remedy="see `watchd status`, or raise --timeout"
@@ -250,23 +260,38 @@ class Daemon:
         kept = [mount for mount in mounts if self._mounts.mounts.get(mount.overlay.device) is mount]
         return {"mounts": mounts_status(kept, self._engine)}
 
+    async def _settle(self, levels: Sequence[Sequence[Mount]], deadline_ns: int) -> None:
+        """Wait until all was verified; what is stale is looked at again a few times. Raises TimeoutError."""
+        for pause_s in (*SYNC_PAUSES_S, None):
+            for level in levels:
+                devices = [mount.overlay.device for mount in level]
+                if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
+                    raise TimeoutError
+            states = {state_of(mount, self._engine)[0] for level in levels for mount in level}
+            if pause_s is None or not states & {"stale", "pinned"}:
+                return
+            await asyncio.sleep(pause_s)
+
     async def _reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
         reloading()
+        ok = False
         try:
-            loaded = await self._loop.run_in_executor(None, load, self._config_file)
-            self._control.permit(loaded.config.control)
-        except WatchdError:
-            self._metrics.reloaded(ok=False, time_s=time.time())
-            raise
+            result = await self._reconfigure()
+            ok = True
+            return result
         finally:
+            self._metrics.reloaded(ok=ok, time_s=time.time())
             notify(READY=1, STATUS=self._summary())
+
+    async def _reconfigure(self) -> dict[str, Any]:
+        loaded = await self._loop.run_in_executor(None, load, self._config_file)
+        self._control.permit(loaded.config.control)
         old, self._config = self._config, loaded.config
         logs.set_up(loaded.config.log)
         self._tell_unused()
         if loaded.config.metrics != old.metrics:
             self._listen()
         await self._mounts.reconfigure(loaded.config)
-        self._metrics.reloaded(ok=True, time_s=time.time())
         later = [
             key
             for key in ("state_directory", "runtime_directory", "journal")
@@ -274,6 +299,9 @@ class Daemon:
         ]
         log.info("configuration read from %s", ", ".join(map(str, loaded.files)) or "defaults")
         return {"files": [str(file) for file in loaded.files], "after_restart": later}
+
+    def _reload_soon(self) -> None:
+        self._tasks.append(asyncio.create_task(self._reload_on_signal()))
 
     async def _reload_on_signal(self) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]
@@ -309,6 +337,7 @@ class Daemon:
 
 def run(config_file: Path | None) -> None:
     """The daemon, until it is told to stop. Raises WatchdError if it cannot start or its journal fails."""
+    config_file = config_file and config_file.absolute()  # it is read again after the chdir
     loaded = load(config_file)
     config = loaded.config
     logs.set_up(config.log)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,15 @@ RETRY_S = 5.0
 """A layer that could not be watched is tried again after so long."""
 
 MARK_INTERVAL_NS = 1_000_000_000
-"""How far each layer is complete is noted in the journal this often at most; a restart scans from there."""
+MARK_COST_NS = 50_000_000
+"""How far each layer is complete is noted in the journal this often at most, the less often the more layers there are; a
+restart scans from there."""
+
+MARKS_MAX = 1000
+"""Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
+desync then stays open in the journal, which tells readers all the same."""
+
+OVERLAYFS_MAGIC = 0x794C7630
 
 SEQUENCES_KEPT = 4096
 
@@ -112,6 +121,9 @@ class LayerBook:
         self._barrier_directory = barrier_directory
         self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
         self._workers: dict[object, Worker] = {}
+        self._starting: list[Worker] = []
+        """Asked to watch a layer just now, so not to be discarded though no layer has them yet."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._taken_in = threading.Event()
@@ -140,11 +152,12 @@ class LayerBook:
 
     async def drop(self, layer: Layer) -> None:
         """Stop watching; the journal says that changes may be missing from now on."""
-        del self.layers[key_of(layer.directory)]
         if layer.complete_ns:
-            self._desync(layer, "source-lost")
+            self._desync(layer, "source-lost")  # while its mark is still kept, so that its return closes this desync
+        del self.layers[key_of(layer.directory)]
         self._names.release(layer.name)
         await self._unwatch(layer)
+        layer.become("failed", "not watched any more")  # for whoever waits for it
         self.reroute()
 
     def reroute(self) -> None:
@@ -165,7 +178,7 @@ class LayerBook:
         if settings == self.settings:
             return
         self.settings = settings
-        for layer in self.layers.values():
+        for layer in list(self.layers.values()):
             self._desync(layer, "restart")
             await self._unwatch(layer)
             await self._watch(layer)
@@ -174,21 +187,33 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-                worker = self._worker(backend, layer)
-                await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+                layer.worker = await self._start(layer, self._worker(backend, layer))
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
+                if layer.directory.magic == OVERLAYFS_MAGIC:
+                    break  # no inotify: its watches would pin what they watch in the inner overlay's cache
             except (WatchdError, OSError) as error:
                 layer.become("failed", str(error))
                 await self._discard_unused()
                 break
             else:
-                layer.worker = worker
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
-        log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+        if layer.directory.magic != OVERLAYFS_MAGIC:  # the mount book knows better
+            log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
+
+    async def _start(self, layer: Layer, worker: Worker) -> Worker:
+        """Have the worker watch the layer. Raises as `Source.add`."""
+        self._starting.append(worker)
+        try:
+            await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+        finally:
+            self._starting.remove(worker)
+        if worker.is_broken:  # its loss may have been told before it was the layer's
+            raise LayerError("its source was lost as soon as it was there")
+        return worker
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -238,11 +263,18 @@ class LayerBook:
         await self._discard_unused()
 
     async def _discard_unused(self) -> None:
-        used = {layer.worker for layer in self.layers.values()}
-        for key, worker in list(self._workers.items()):
-            if worker not in used:
-                del self._workers[key]
-                await self._loop.run_in_executor(None, worker.stop)
+        used = {*self._starting, *(layer.worker for layer in self.layers.values())}
+        unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
+        for key, _ in unused:
+            del self._workers[key]
+        self._release_barriers()
+        for _, worker in unused:
+            await self._loop.run_in_executor(None, worker.stop)
+
+    def _discard_soon(self) -> None:
+        task = self._loop.create_task(self._discard_unused())
+        self._tasks.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._tasks.discard)
 
     # ---- what the workers tell (called in their threads) ------------------------------------------------------------
 
@@ -256,6 +288,8 @@ class LayerBook:
         self._wait_for_room()
         if batch.look is not None:
             batch.changes += batch.look()
+        for name in batch.linked:
+            self._engine.doubt(self._routes.get(name, ()))
         if batch.changes or batch.complete_ns:
             self._call(self._record, number, worker, batch)
         for round in rounds:
@@ -315,7 +349,10 @@ class LayerBook:
                 if not layer.desync_seq:
                     layer.complete_ns = max(layer.complete_ns, batch.complete_ns)
             self._unmarked = True
-        if self._unmarked and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS:
+        if (
+            self._unmarked
+            and time.monotonic_ns() - self._marked_ns > MARK_INTERVAL_NS + len(self._marks) * MARK_COST_NS
+        ):
             self._note_marks()
 
     def _append(self, number: int, changes: Sequence[Change]) -> None:
@@ -328,7 +365,10 @@ class LayerBook:
     def _note_marks(self) -> None:
         for layer in self.layers.values():
             if layer.complete_ns:
+                self._marks.pop(layer.name, None)  # so that the longest gone come first
                 self._marks[layer.name] = LayerMark(layer.directory.path, layer.complete_ns, layer.desync_seq)
+        while len(self._marks) > max(MARKS_MAX, len(self.layers)):
+            del self._marks[next(iter(self._marks))]
         self._journal.note(self._marks)
         self._marked_ns, self._unmarked = time.monotonic_ns(), False
 
@@ -353,6 +393,8 @@ class LayerBook:
                 layer.scan_again = True
             else:
                 self._recover(layer)
+        # What was lost may have been the event of a barrier; whoever waits for it waits for the scan now.
+        self._reached(worker, list(self._barriers))
 
     def _source_lost(self, worker: Worker, error: Exception) -> None:
         log.warning("a source was lost: %s", error)
@@ -361,7 +403,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = 0.0
-        self._loop.create_task(self._discard_unused())
+        self._discard_soon()
 
     def _recover(self, layer: Layer) -> None:
         """Find what was missed: the source first, so that nothing falls between, then a scan."""
@@ -369,12 +411,19 @@ class LayerBook:
         assert worker is not None
         layer.become("scanning", layer.reason)
         layer.scan_again = False
-        worker.submit(worker.source.recover)
+        worker.submit(worker.source.recover).add_done_callback(partial(self._recovered, worker))
         worker.scan(
             changed_since(layer.watched, layer.complete_ns),
             partial(self._found, layer),
             lambda error: self._call(self._scanned, layer, worker, error),
         )
+
+    def _recovered(self, worker: Worker, done: Future[None]) -> None:
+        """In the worker's thread: a source that cannot recover is lost."""
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, Exception):
+            self.lost(worker, error)
+            self.flush()
 
     def _scan_moved_in(self, worker: Worker, moved: MovedIn) -> None:
         for layer in self._layers_of(worker):
@@ -399,7 +448,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = time.monotonic() + RETRY_S
-            self._loop.create_task(self._discard_unused())
+            self._discard_soon()
             return
         if layer.scan_again:
             self._recover(layer)

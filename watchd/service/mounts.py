@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from watchd.coherence.engine import Engine
-from watchd.coherence.target import Target
-from watchd.coherence.targets import build_target, primary_point
+from watchd.coherence.target import Outer, Target
+from watchd.coherence.targets import build_target, cache_tells, layers_of, primary_point
 from watchd.config.schema import Config
 from watchd.config.schema import Layer as ConfiguredLayer
+from watchd.errors import LayerError
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
@@ -26,12 +29,15 @@ from watchd.overlay.discovery import Namespaces, find_namespaces, matches
 from watchd.overlay.layers import look_up
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View
 from watchd.overlay.mountwatch import MountWatch
-from watchd.service.layers import Layer, LayerBook, key_of
+from watchd.service.layers import OVERLAYFS_MAGIC, Key, Layer, LayerBook, key_of
 from watchd.service.names import NameBook
 from watchd.service.survey import Sighting, Survey, survey
 from watchd.sources.base import WatchedLayer
 
 log = logging.getLogger(__name__)
+
+NESTING_MAX = 8
+"""The kernel allows overlays in overlays two deep (FILESYSTEM_MAX_STACK_DEPTH); this is only a bound."""
 
 
 @dataclass(eq=False)
@@ -44,6 +50,8 @@ class Mount:
     layers: list[Layer]
     unknown: tuple[LayerDirectory, ...]
     """Layers that could not be found, with the reason in `error`."""
+    displaced: str = ""
+    """Why a layer's path does not lead to the layer any more: it was replaced, removed or mounted over."""
 
 
 class MountBook:
@@ -99,12 +107,36 @@ class MountBook:
         chosen = {mount.overlay.device: mount for found in hits.values() for mount in found}
         return list(chosen.values()), [pattern for pattern, found in hits.items() if not found]
 
+    async def check_layers(self, mounts: Sequence[Mount]) -> None:
+        """See whether the layers of these mounts are still what their paths lead to; an overlay goes on with the old ones."""
+        found = await self._loop.run_in_executor(self._thread, self._displaced, [mount.stack for mount in mounts])
+        for mount, reason in zip(mounts, found, strict=True):
+            if reason and not mount.displaced:
+                log.warning("%s: %s", mount.overlay.device, reason)
+            mount.displaced = reason
+
+    def _displaced(self, stacks: Sequence[ResolvedStack]) -> list[str]:
+        known: dict[LayerDirectory, str] = {}
+        for stack in stacks:
+            for layer in layers_of(stack):
+                if not layer.error and layer not in known:
+                    known[layer] = self._why_displaced(layer)
+        return [next((known[one] for one in layers_of(stack) if known.get(one)), "") for stack in stacks]
+
+    def _why_displaced(self, layer: LayerDirectory) -> str:
+        try:
+            os.close(clone_directory(layer, self.courier))
+        except LayerError as error:
+            return str(error)
+        return ""
+
     async def reconfigure(self, config: Config) -> None:
         """Use this configuration from now on."""
-        self.config = config
-        await self._layers.rewatch(config.sources)
-        for mount in self.mounts.values():
-            self._engine.retarget(self._target(mount.overlay, mount.stack))
+        async with self._lock:
+            self.config = config
+            await self._layers.rewatch(config.sources)
+            for mount in self.mounts.values():
+                self._engine.retarget(self._target(mount.overlay, mount.stack))
         await self.refresh()
 
     async def close(self) -> None:
@@ -147,6 +179,7 @@ class MountBook:
                 self._update(self.mounts[device], sighting)
             elif sighting.stack is not None:
                 await self._add(sighting, sighting.stack)
+        await self._nest()
         await self._drop_unused()
 
     async def _add(self, sighting: Sighting, stack: ResolvedStack) -> None:
@@ -175,8 +208,44 @@ class MountBook:
     def _update(self, mount: Mount, sighting: Sighting) -> None:
         if mount.overlay == sighting.overlay and mount.mount_ids == sighting.mount_ids:
             return
-        mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids
+        mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids or mount.mount_ids
         self._engine.retarget(self._target(mount.overlay, mount.stack))
+
+    async def _nest(self) -> None:
+        """Find out which mounts have a lower inside another one."""
+        outers: dict[str, tuple[Outer, ...]] = {}
+        for device, mount in self.mounts.items():
+            for layer in mount.layers:
+                if layer.directory.magic != OVERLAYFS_MAGIC:
+                    continue
+                inner = self.mounts.get(_device(layer.directory))
+                if inner is not None:
+                    outer = Outer(device, _below(layer.directory, inner.overlay))
+                    outers[inner.overlay.device] = (*outers.get(inner.overlay.device, ()), outer)
+                    await self._watch_upper(inner)
+                if layer.worker is None and inner is not None:
+                    layer.become("live", "changes come through the layers of the overlay that it lies in")
+        self._engine.nest(outers)
+
+    async def _watch_upper(self, mount: Mount) -> None:
+        """What is done through a mount lands in its upper; to those around it that is a change of a lower like any other."""
+        upper = mount.stack.upper
+        if upper is None or upper.error or any(layer.directory == upper for layer in mount.layers):
+            return
+        layer = await self._layer(upper)
+        layer.devices.add(mount.overlay.device)
+        mount.layers.append(layer)
+        self._layers.reroute()
+
+    def innermost_first(self, mounts: Iterable[Mount]) -> list[list[Mount]]:
+        """The mounts and those that they lie in, in levels: what is told of one level concerns those that follow."""
+        levels: list[list[Mount]] = []
+        level = {mount.overlay.device: mount for mount in mounts}
+        while level and len(levels) <= NESTING_MAX:
+            levels.insert(0, list(level.values()))
+            devices = {_device(layer.directory) for mount in level.values() for layer in mount.layers}
+            level = {device: self.mounts[device] for device in devices if device in self.mounts}
+        return levels
 
     async def _layer(self, directory: LayerDirectory, *, configured: ConfiguredLayer | None = None) -> Layer:
         layer = self._layers.layers.get(key_of(directory))
@@ -226,13 +295,55 @@ class MountBook:
     def _target(self, overlay: Overlay, stack: ResolvedStack) -> Target:
         coherence = self.config.coherence_for(point.path for point in overlay.mount_points)
         acts = coherence.mode == "repair" and "invalidate" in coherence.actions
-        return build_target(overlay, stack, self.courier, observe=not acts, budget=float(coherence.budget))
+        return build_target(
+            overlay,
+            stack,
+            self.courier,
+            observe=not acts,
+            budget=float(coherence.budget),
+            telling_overlays=self._telling_overlays(),
+        )
+
+    def _telling_overlays(self) -> set[int]:
+        telling: set[int] = set()
+        for device, mount in self.mounts.items():  # an inner one is mounted, and so found, before those around it
+            if all(cache_tells(layer, telling) for layer in layers_of(mount.stack)):
+                major, _, minor = device.partition(":")
+                telling.add(os.makedev(int(major), int(minor)))
+        return telling
+
+
+def _device(directory: LayerDirectory) -> str:
+    return f"{os.major(directory.device)}:{os.minor(directory.device)}"
+
+
+def _below(directory: LayerDirectory, inner: Overlay) -> bytes | None:
+    """Where in an overlay's merged mount a directory lies, by its path; None if that does not tell."""
+    for point in inner.mount_points:
+        if point.root != b"/" or point.namespace != directory.view.namespace:
+            continue
+        if directory.path == point.path:
+            return b""
+        if directory.path.startswith(point.path.rstrip(b"/") + b"/"):
+            return directory.path[len(point.path.rstrip(b"/")) + 1 :]
+    return None
 
 
 def _same(mount: Mount, sighting: Sighting) -> bool:
     """Whether a sighting is of the mount that is known, layers included, and not of another one with its number."""
     known, now = mount.mount_ids, sighting.mount_ids
     assert sighting.stack is not None
-    old = [key_of(directory) for directory in mount.stack.lowers]
-    new = [key_of(directory) for directory in sighting.stack.lowers]
-    return bool(not known or not now or known & now) and old == new
+    if known and now and not known & now:
+        return False
+    if not now and any(directory.error for directory in sighting.stack.lowers):
+        # Something is mounted over it: what was known of it is better than nothing.
+        return _shown(mount.overlay) == _shown(sighting.overlay)
+    return _keys(mount.stack) == _keys(sighting.stack)
+
+
+def _shown(overlay: Overlay) -> Overlay:
+    return msgspec.structs.replace(overlay, mount_points=())
+
+
+def _keys(stack: ResolvedStack) -> list[Key]:
+    return [key_of(directory) for directory in (*((stack.upper,) if stack.upper else ()), *stack.lowers)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from watchd import __version__
 from watchd.coherence.engine import Engine
+from watchd.coherence.pins import Holder
 from watchd.coherence.view import Stale
 from watchd.journal.writer import Journal
 from watchd.metrics import Snapshot
@@ -69,6 +70,9 @@ def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journ
         layer_states=[layer.state for layer in list(layers.layers.values())],
         mount_states=[state_of(mount, engine)[0] for mount in mounts],
         stale_entries={mount.overlay.device: len(state_of(mount, engine)[2]) for mount in mounts},
+        pinned_entries={
+            mount.overlay.device: sum(bool(entry.pinned_by) for entry in state_of(mount, engine)[2]) for mount in mounts
+        },
         journal_last_sequence=journal.last_seq,
         journal_bytes=journal.bytes,
         queue_bytes=layers.queue_bytes(),
@@ -87,6 +91,8 @@ def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...],
             known.stale,
             {**known.actions},
         )
+    if mount.displaced:
+        return "stale", mount.displaced, (*known.stale, Stale(b"", "layer")), {**known.actions}
     for layer in mount.layers:
         if layer.state == "failed":
             return "failed", f"layer {layer.name}: {layer.reason}", known.stale, {**known.actions}
@@ -107,9 +113,16 @@ def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
         "read_only": overlay.read_only,
         "state": state,
         "reason": reason,
-        "stale": [{**name(entry.path), "kind": entry.kind, "pinned_by": []} for entry in stale],
+        "stale": [
+            {**name(entry.path), "kind": entry.kind, "pinned_by": [_holder(holder) for holder in entry.pinned_by]}
+            for entry in stale
+        ],
         "actions": actions,
     }
+
+
+def _holder(holder: Holder) -> dict[str, Any]:
+    return {"pid": holder.pid, "command": holder.command, "how": holder.how}
 
 
 def _layer(layer: Layer) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def survey(
         if not is_selected(overlay, include=selection.include, exclude=selection.exclude):
             continue
         ids = _mount_ids(overlay, courier)
-        same = overlay.device in known and (not ids or not known[overlay.device] or ids & known[overlay.device])
+        same = ids & known.get(overlay.device, frozenset())
         sightings[overlay.device] = Sighting(overlay, ids, None if same else resolve(overlay, courier))
     return Survey(sightings, found.problems)
 

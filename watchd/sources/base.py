@@ -59,6 +59,8 @@ class Batch:
     moved_in: tuple[MovedIn, ...] = ()
     suspects: Suspects | None = None
     """Known before anything was looked at, so that repair need not wait for that; None: all is in `changes`."""
+    linked: set[str] = field(default_factory=set)
+    """Layers in which attributes changed of files that have further names, no one knows where. Complete after `look`."""
     look: Callable[[], list[Change]] | None = None
     """Look at what the suspects and written files are now; to be called once, in the worker's thread."""
 

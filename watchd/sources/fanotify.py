@@ -14,7 +14,6 @@ Facts
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
@@ -127,6 +126,7 @@ class FanotifySource:
                 for touch in touches:
                     if touch.kinds != Kind.MODIFY:
                         stale[place.child(touch.name)] = touch.kinds
+        linked: set[str] = set()
         return Batch(
             changes=[],
             records=counts,
@@ -136,7 +136,8 @@ class FanotifySource:
             overflow=events.overflow,
             moved_in=moved_in,
             suspects=suspects,
-            look=partial(self._look, groups, now_ns),
+            linked=linked,
+            look=partial(self._look, groups, now_ns, linked),
         )
 
     def _read(self, events: Events) -> bool:
@@ -200,12 +201,12 @@ class FanotifySource:
             for name, value, key in names
         ]
 
-    def _look(self, groups: list[tuple[bytes, Place, list[Touch]]], now_ns: int) -> list[Change]:
+    def _look(self, groups: list[tuple[bytes, Place, list[Touch]]], now_ns: int, linked: set[str]) -> list[Change]:
         changes: list[Change] = []
         for handle, place, touches in groups:
             descriptor = self._tree.open(handle)
             try:
-                changes += look(descriptor, place, touches, now_ns)
+                changes += look(descriptor, place, touches, now_ns, linked=linked)
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
@@ -227,9 +228,14 @@ class FanotifySource:
     def _anchors(self) -> list[int]:
         """Descriptors of the mounts that the layers lie in, opened when they are needed and closed when idle."""
         if not self._opened:
+            problem: LayerError | None = None
             for layer in self._layers.values():
-                with contextlib.suppress(LayerError):
+                try:
                     self._open_anchor(layer)
+                except LayerError as error:
+                    problem = error
+            if problem is not None and not self._opened:
+                raise problem  # nothing can be looked at, so what is told would be lost
         return self._opened
 
     def _open_anchor(self, layer: WatchedLayer) -> None:

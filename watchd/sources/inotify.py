@@ -250,7 +250,7 @@ class InotifySource:
         found = _Found(layer.name, time_ns, events.names)
         for key, arrival in arrivals.items():
             self._settle(key, arrival, found, astray=astray)
-        batch.changes += self._look(layer, events, time_ns)
+        batch.changes += self._look(layer, events, time_ns, batch.linked)
         batch.changes += found.changes
         batch.moved_in = tuple(found.moved_in)
         for wd in ended:
@@ -364,7 +364,7 @@ class InotifySource:
             raise _unwatchable(path, error) from None
         self._astray = True
 
-    def _look(self, layer: WatchedLayer, events: Events, time_ns: int) -> list[Change]:
+    def _look(self, layer: WatchedLayer, events: Events, time_ns: int, linked: set[str]) -> list[Change]:
         self._name_selves(events.names)
         changes: list[Change] = []
         for wd, names in events.names.items():
@@ -382,7 +382,7 @@ class InotifySource:
             ]
             directory = self._open(path)
             try:
-                changes += look(directory, Place(layer.name, path), touches, time_ns)
+                changes += look(directory, Place(layer.name, path), touches, time_ns, linked=linked)
             finally:
                 if directory is not None:
                     os.close(directory)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from watchd.records import Change
+from watchd.records import Change, Kind
 
 SELF = b"."
 
@@ -42,8 +42,13 @@ class Touch(msgspec.Struct, frozen=True, gc=False):
     from_path: bytes | None = None
 
 
-def look(directory: int | None, place: Place, touches: Iterable[Touch], time_ns: int) -> list[Change]:
-    """Changes for the touched names, as they are now below `directory` (None: the directory itself is gone)."""
+def look(
+    directory: int | None, place: Place, touches: Iterable[Touch], time_ns: int, *, linked: set[str] | None = None
+) -> list[Change]:
+    """Changes for the touched names, as they are now below `directory` (None: the directory itself is gone).
+
+    The layer's name is added to `linked` if attributes changed of an object that has other names too, which no event tells.
+    """
     changes = []
     for touch in touches:
         exists, is_dir, inode = False, touch.was_dir, None
@@ -55,6 +60,8 @@ def look(directory: int | None, place: Place, touches: Iterable[Touch], time_ns:
             else:
                 exists = status.st_nlink > 0  # 0: a directory that was removed while somebody holds it open
                 is_dir, inode = stat.S_ISDIR(status.st_mode), status.st_ino
+                if linked is not None and touch.kinds & Kind.ATTRIB and status.st_nlink > 1 and not is_dir:
+                    linked.add(place.layer)
         changes.append(
             Change(
                 time_ns,

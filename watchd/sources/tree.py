@@ -4,7 +4,8 @@ Facts
 * open_by_handle_at(2) finds a directory of the filesystem by its handle wherever it was moved; `..` of that descriptor is its
   parent now, and the last component of its /proc/self/fd link is its name.
 * `..` from a directory that does not lie below the root of the mount that it was opened through fails with ENOENT. So a
-  directory is inside exactly if climbing from it arrives at the root of a layer.
+  directory is inside exactly if climbing from it arrives at the root of a layer. A rename of any directory above it may
+  connect it.
 * The link of a directory that was removed ends in " (deleted)", as may a real name: st_nlink is 0 only for the former.
 
 What this means for us: nothing is walked in advance, a rename of a directory is one changed entry whatever lies below it, and
@@ -41,6 +42,7 @@ class DirectoryTree:
         """One object for each handle that is a parent, instead of one for each of its children."""
         self._roots: dict[bytes, list[str]] = {}
         self._places: dict[bytes, tuple[Place, ...]] = {}
+        self._unconnected: set[bytes] = set()
         self.forgotten = 0
 
     def __len__(self) -> int:
@@ -48,7 +50,9 @@ class DirectoryTree:
 
     def add_root(self, handle: bytes, layer: str) -> None:
         """`handle` is the root directory of `layer`."""
-        self._roots.setdefault(handle, []).append(layer)
+        layers = self._roots.setdefault(handle, [])
+        if layer not in layers:
+            layers.append(layer)
         self.clear()
 
     def remove_root(self, layer: str) -> None:
@@ -65,6 +69,7 @@ class DirectoryTree:
         self._nodes.clear()
         self._parents.clear()
         self._places.clear()
+        self._unconnected.clear()
 
     def begin(self) -> None:
         """A new batch begins: keep the bounds."""
@@ -88,7 +93,9 @@ class DirectoryTree:
 
     def moved(self, handle: bytes, parent: bytes, name: bytes) -> None:
         """An event told that this directory was renamed: ask the kernel where it is, believe the event if it is gone."""
-        self._nodes.pop(handle, None)
+        for moved in (handle, *self._unconnected):
+            self._nodes.pop(moved, None)
+        self._unconnected.clear()
         self._places.clear()
         if not self._learn(handle):
             self._nodes[handle] = (self._parent(parent), name)
@@ -133,6 +140,7 @@ class DirectoryTree:
                     above = os.open("..", _PARENT_FLAGS, dir_fd=descriptor)
                 except OSError:
                     nodes[handle] = None
+                    self._unconnected.add(handle)
                     return False
                 try:
                     parent = self._parent(name_to_handle_at(above).pack())

@@ -2,7 +2,7 @@
 
 Facts
 * A directory is opened as a single component below the descriptor of its parent, by openat2 that follows no link and crosses
-  no mount: since Linux 6.15 a mount that appears in the original propagates into a detached clone too.
+  no mount.
 * One path may have 4095 bytes at most (PATH_MAX), a tree may be deeper: long paths are opened piece by piece.
 * A directory that was closed meanwhile and is opened by its path again may be another one by then. It is compared by device
   and inode, and left alone if it is another.

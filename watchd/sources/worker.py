@@ -35,6 +35,8 @@ GATHER_RECORDS = 2000
 GATHER_MS = 5
 """After a batch of so many names the next read waits a little, so that the kernel merges more into each record."""
 
+STOP_TIMEOUT_S = 5.0
+
 T = TypeVar("T")
 _INT = struct.Struct("=i")
 
@@ -73,6 +75,11 @@ class Worker(threading.Thread):
         self._broken = False
         self._unflushed_ns = 0
         self._lock = threading.Lock()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the source was lost."""
+        return self._broken
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` in the worker's thread."""
@@ -124,8 +131,9 @@ class Worker(threading.Thread):
             self._stopping = True
             os.eventfd_write(self._wake, 1)
         if self.is_alive():
-            self.join()
-        os.close(self._wake)
+            self.join(STOP_TIMEOUT_S)
+        if not self.is_alive():
+            os.close(self._wake)  # else it hangs on its filesystem, and ends with the process
 
     def run(self) -> None:
         poll = select.poll()

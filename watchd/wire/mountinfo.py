@@ -71,10 +71,10 @@ def _lines_with(data: bytes, fstypes: frozenset[bytes]) -> Iterator[bytes]:
 
 def parse_line(line: bytes) -> MountInfo:
     """One line without its newline. Raises WireError."""
-    head, separator, tail = line.partition(b" - ")
-    fields = head.split(b" ")
+    fields = line.split(b" ", 6)  # the separator stands behind the sixth field, which may itself look like one
+    tags, separator, tail = b" ".join([b"", *fields[6:]]).partition(b" - ")
     rest = tail.split(b" ", 2)
-    if not separator or len(fields) < 6 or len(rest) != 3:
+    if not separator or len(rest) != 3:
         raise _bad(line)
     try:
         major, minor = fields[2].split(b":")
@@ -88,7 +88,7 @@ def parse_line(line: bytes) -> MountInfo:
         root=unescape(fields[3]),
         mount_point=unescape(fields[4]),
         options=fields[5],
-        tags=tuple(fields[6:]),
+        tags=tuple(tags.split()),
         fstype=unescape(rest[0]),
         source=unescape(rest[1]),
         super_options=rest[2],

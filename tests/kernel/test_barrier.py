@@ -1,0 +1,75 @@
+"""`sync` is a barrier: what was done before it was asked for is in the journal when it answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernel.running import Daemon
+from tests.kernel.sandbox import Sandbox
+
+WRITERS = 3
+SYNCS = 10
+
+# Creates files for ever; the last one that is there for certain is the number in the shared counter.
+WRITER = """
+import os, sys
+directory, counter = os.fsencode(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY)
+print(flush=True)
+number = 0
+while True:
+    os.close(os.open(os.path.join(directory, b"%d" % number), os.O_CREAT | os.O_WRONLY, 0o644))
+    os.pwrite(counter, b"%12d" % number, 0)
+    number += 1
+    if number % 50 == 0:
+        os.makedirs(os.path.join(directory, b"dir%d" % number))
+        directory = os.path.join(directory, b"dir%d" % number)
+"""
+
+
+@pytest.mark.parametrize("backend", ["fanotify", "inotify"])
+def test_no_file_that_was_there_before_sync_is_missing_from_the_log(
+    sandbox: Sandbox, daemon: Daemon, backend: str
+) -> None:
+    daemon.configure(sources={"backend": backend})
+    merged = sandbox.overlay(b"merged", b"low", b"low2", upper=b"up")
+    daemon.start()
+    homes = [sandbox.directory(b"low%s/writer%d" % (b"2" if number % 2 else b"", number)) for number in range(WRITERS)]
+    counters = [sandbox.path(b"counter%d" % number) for number in range(WRITERS)]
+    for counter in counters:
+        with open(counter, "wb"):
+            pass
+    writers = [
+        subprocess.Popen([sys.executable, "-I", "-S", "-c", WRITER, home, counter], stdout=subprocess.PIPE)
+        for home, counter in zip(homes, counters, strict=True)
+    ]
+    promised: list[tuple[list[int], int]] = []
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+        for _ in range(SYNCS):
+            before = [_read(counter) for counter in counters]
+            assert daemon.sync(merged) == []
+            promised.append((before, daemon.status()["journal"]["last_seq"]))
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert daemon.sync(merged) == []
+    told: dict[tuple[str, int], int] = {}
+    for record in daemon.log():
+        if record["type"] == "change" and not record["is_dir"]:
+            writer_name, _, rest = record["path"].partition("/")
+            told.setdefault((writer_name, int(rest.rpartition("/")[2])), record["seq"])
+    for counts, last_seq in promised:
+        for number, count in enumerate(counts):
+            late = [one for one in range(count + 1) if told.get((f"writer{number}", one), last_seq + 1) > last_seq]
+            assert not late
+
+
+def _read(counter: bytes) -> int:
+    with open(counter, "rb") as file:
+        return int(file.read() or b"-1")
