@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.images import Images
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
 from tests.kernel.sandbox import umount as sandbox_umount
@@ -71,6 +72,12 @@ def courier(sandbox: Sandbox) -> Iterator[Courier]:
     courier = Courier()
     yield courier
     courier.close()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """Filesystems on loop devices."""
+    return Images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import select
 import shutil
 import threading
@@ -23,6 +21,7 @@ from watchd.sources.base import Batch, WatchedLayer
 from watchd.sources.inotify import InotifySource
 from watchd.sources.scan import changed_since, everything_below
 
+from .churn import Churn, missed, snapshot
 from .conftest import mount_tmpfs, umount
 
 
@@ -77,18 +76,6 @@ def changes(source: InotifySource) -> list[Change]:
 
 def told(source: InotifySource) -> set[tuple[bytes, int]]:
     return {(change.path, change.kinds) for change in changes(source)}
-
-
-def snapshot(root: Path) -> dict[bytes, tuple[int, int, int, int]]:
-    result = {}
-    for directory, subdirectories, files in os.walk(os.fsencode(root)):
-        for name in subdirectories + files:
-            path = os.path.join(directory, name)
-            status = os.lstat(path)
-            # The times and the size of a directory change with its names, which are compared themselves.
-            content = (0, 0) if os.path.isdir(path) else (status.st_size, status.st_ctime_ns)
-            result[os.path.relpath(path, os.fsencode(root))] = (status.st_ino, status.st_mode, *content)
-    return result
 
 
 def watched_directories(source: InotifySource) -> int:
@@ -559,85 +546,6 @@ def test_a_removed_layer_tells_nothing_more(root: Path, watch: Watch) -> None:
 
 
 # -- churn ------------------------------------------------------------------------------------------------------------
-
-
-class Churn:
-    """Random changes in a layer and in a directory beside it, which trees move to and come from."""
-
-    def __init__(self, root: Path, outside: Path, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.root = root
-        self.outside = outside
-
-    def any_directory(self) -> Path:
-        found = [Path(directory) for directory, _, _ in os.walk(self.root)]
-        return self.random.choice(found)
-
-    def any_entry(self) -> Path | None:
-        found = [
-            Path(directory) / name
-            for directory, subdirectories, files in os.walk(self.root)
-            for name in subdirectories + files
-        ]
-        return self.random.choice(found) if found else None
-
-    def new_name(self) -> str:
-        return f"n{self.random.randrange(12)}"
-
-    def step(self) -> None:
-        # Names that exist and directories moved into themselves are refused, and that is fine.
-        with contextlib.suppress(OSError):
-            self.random.choice(
-                [self.make, self.make, self.tree, self.write, self.remove, self.move, self.move, self.out, self.back]
-            )()
-
-    def make(self) -> None:
-        (self.any_directory() / self.new_name()).mkdir()
-
-    def tree(self) -> None:
-        deep = self.any_directory() / self.new_name() / "p/q/r"
-        deep.mkdir(parents=True)
-        (deep / "leaf").write_text("leaf")
-
-    def write(self) -> None:
-        (self.any_directory() / f"file{self.random.randrange(12)}").write_text("x" * self.random.randrange(9))
-
-    def remove(self) -> None:
-        entry = self.any_entry()
-        if entry is not None:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-    def move(self) -> None:
-        entry = self.any_entry()
-        if entry is not None:
-            entry.rename(self.any_directory() / self.new_name())
-
-    def out(self) -> None:
-        entry = self.any_entry()
-        if entry is not None:
-            entry.rename(self.outside / self.new_name())
-
-    def back(self) -> None:
-        entries = sorted(self.outside.iterdir())
-        if not entries:
-            return
-        entry = self.random.choice(entries)
-        if entry.is_dir():
-            (entry / f"added{self.random.randrange(9)}").mkdir()
-        entry.rename(self.any_directory() / self.new_name())
-
-
-def missed(before: dict[bytes, object], after: dict[bytes, object], seen: list[Change]) -> set[bytes]:
-    """Entries that differ and that neither a record of their own nor one of a renamed directory above tells of."""
-    paths = {change.path for change in seen}
-    renamed = {change.path for change in seen if change.kinds & Kind.RENAME}
-
-    def is_told(path: bytes) -> bool:
-        parts = path.split(b"/")
-        return path in paths or any(b"/".join(parts[:end]) in renamed for end in range(1, len(parts)))
-
-    differing = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    return {path for path in differing if not is_told(path)}
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -111,10 +111,10 @@ def stacks(draw: st.DrawFn, *, redirects: bool) -> tuple[Sequence[Dir], bool]:
     """Layers, top first, and whether the top one is the upper."""
     upper = draw(st.booleans())
     count = draw(st.integers(2, 4))
-    # The kernel looks for xattr whiteouts neither in the upper nor in the last layer.
-    kinds = [
-        Kind(redirects, xattr_whiteouts=not (upper and number == 0) and number != count - 1) for number in range(count)
-    ]
+    # The kernel looks for xattr whiteouts neither in the upper nor in the last layer. Where it follows no redirects, it takes
+    # the last one that has a directory for the last layer, and then what is listed depends on what was looked up before.
+    lower = range(int(upper), count - 1) if redirects else range(0)
+    kinds = [Kind(redirects, xattr_whiteouts=number in lower) for number in range(count)]
     return [draw(layers(kind)) for kind in kinds], upper
 
 

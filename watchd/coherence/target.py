@@ -50,6 +50,8 @@ class Target:
     """Top first, the upper included, data-only layers left out."""
     open: Callable[[], int] = field(repr=False, compare=False)
     """A detached clone of the merged mount, as an owned descriptor. Raises MountError."""
+    has_upper: bool = False
+    """The first of the layers is the upper."""
     read_only: bool = False
     """The superblock is read-only."""
     userxattr: bool = False

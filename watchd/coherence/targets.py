@@ -64,6 +64,7 @@ def build_target(
             for layer in layers_of(stack)
         ),
         open=functools.partial(_open_merged, overlay, courier),
+        has_upper=stack.upper is not None,
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
         # Shown as on wherever there is no upper, where nothing can be renamed.

@@ -8,9 +8,9 @@ Facts
   in a loop 0.9 % of the calls, two in a row 0.01 %. Only several misses in a row mean that a name is not cached.
 * A pinned dentry pins its ancestors, so below an uncached directory nothing is stale.
 * Exact identity of a cached object: name_to_handle_at(AT_HANDLE_FID) on it reveals the handle of the real inode it stands for
-  (6.6). It names the topmost layer's object only; for a directory the names in it are compared as well. An overlay mounted in
-  a user namespace and an outer one of nested overlays do not tell; there times, type and size have to do, which
-  stat(2) gives of the real inode.
+  (6.6; which one is said in `watchd.wire.handles`). It names one object only; for a directory the names in it are compared as
+  well. An overlay mounted in a user namespace and an outer one of nested overlays do not tell; there times, type and size have
+  to do, which stat(2) gives of the real inode.
 * Dentries of filesystems with a d_revalidate (FUSE, NFS, cgroup) are never found by RESOLVE_CACHED; there every name is looked
   up in earnest.
 * stat(2) shows the attributes of the real inode, but permission checks use the cached ones: they are told apart only by asking
@@ -43,7 +43,7 @@ from watchd.kernel.files import (
 )
 from watchd.overlay.union import Entry, Union
 from watchd.records import Kind
-from watchd.wire.handles import parse_overlay_handle
+from watchd.wire.handles import OverlayHandle, parse_overlay_handle
 
 STRUCTURE = int(Kind.CREATE | Kind.DELETE | Kind.RENAME)
 CACHED_TRIES = 6
@@ -187,23 +187,36 @@ class View:
             os.close(descriptor)
 
     def _judge_object(self, path: bytes, descriptor: int, expected: Entry, kinds: int, *, acted: bool) -> str | None:
-        identity = _identity(descriptor)
-        told = identity is not None and expected.handle is not None
-        same = identity == expected.handle if told else self._looks_same(path, descriptor)
-        if not same:
+        if not self._is_same(path, descriptor, expected):
             return "replaced"
         if expected.is_dir and kinds & STRUCTURE and len(self._target.layers) > 1:
-            # The handle names the topmost directory only; those below it may be others than the cached ones.
+            # The handle names one directory only; those merged with it may be others than the cached ones.
             if not acted:
                 return "listing"
             if self._lists_otherwise(path, descriptor):
                 return "listing"
-        if kinds & Kind.ATTRIB:
+        if kinds & Kind.ATTRIB and not self._is_upper(expected):
             if not acted:
                 return "permission"  # a stale setuid bit shows at execve only, so nobody is asked
             if self._grants_otherwise(path, descriptor):
                 return "permission"
         return None
+
+    def _is_upper(self, entry: Entry) -> bool:
+        """Whether the upper provides it: its attributes are changed by way of the overlay only."""
+        return self._target.has_upper and entry.layer == 0
+
+    def _is_same(self, path: bytes, descriptor: int, expected: Entry) -> bool:
+        """Whether a cached object stands for the one that the layers provide now."""
+        real = _identity(descriptor)
+        if real is None or expected.handle is None:
+            return self._looks_same(path, descriptor)
+        revealed = FileHandle(real.type, real.fid)
+        if real.in_upper or not self._is_upper(expected):
+            return revealed == expected.handle
+        if expected.is_dir:
+            return revealed == self.union.second(path)
+        return self._looks_same(path, descriptor)  # what is revealed is what it was copied up from
 
     def _looks_same(self, path: bytes, descriptor: int) -> bool:
         """For overlays that tell no handle: attributes come from the real inode, so they tell one object from another."""
@@ -245,11 +258,10 @@ def _fingerprint(descriptor: int) -> tuple[int, ...]:
     return stat.S_IFMT(status.st_mode), status.st_mtime_ns, status.st_ctime_ns, size
 
 
-def _identity(descriptor: int) -> FileHandle | None:
+def _identity(descriptor: int) -> OverlayHandle | None:
     """The handle of the real object that an object of an overlay stands for; None if this kernel does not tell."""
     try:
         handle = name_to_handle_at(descriptor, flags=AT_EMPTY_PATH | AT_HANDLE_FID)
-        real = parse_overlay_handle(handle.type, handle.fid)
+        return parse_overlay_handle(handle.type, handle.fid)
     except (OSError, WireError):
         return None
-    return FileHandle(real.type, real.fid)

@@ -21,7 +21,7 @@ from functools import partial
 
 from watchd.errors import LayerError, UnsupportedError
 from watchd.kernel import fanotify as fan
-from watchd.kernel.files import name_to_handle_at
+from watchd.kernel.files import FileHandle, name_to_handle_at, open_by_handle_at
 from watchd.records import Change, Kind
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import Place, Touch, look
@@ -245,10 +245,14 @@ class FanotifySource:
         finally:
             os.close(mount)
         root = name_to_handle_at(anchor)
-        if any(name_to_handle_at(opened) == root for opened in self._opened):
+        if any(_reaches(opened, root) for opened in self._opened):
             os.close(anchor)
-        else:
-            self._opened.append(anchor)
+            return
+        # A mount that shows less would end the climb from a directory below the root of a layer that lies further up.
+        for narrower in [opened for opened in self._opened if _reaches(anchor, name_to_handle_at(opened))]:
+            self._opened.remove(narrower)
+            os.close(narrower)
+        self._opened.append(anchor)
 
     def _mark_barrier(self, directory: bytes) -> bytes:
         """Mark the barrier directory; returns its key as it stands in records."""
@@ -261,3 +265,18 @@ class FanotifySource:
             return fsid.to_bytes(8, "little") + name_to_handle_at(descriptor).pack()
         finally:
             os.close(descriptor)
+
+
+def _reaches(anchor: int, directory: FileHandle) -> bool:
+    """Whether a directory lies in what the mount of `anchor` shows."""
+    try:
+        descriptor = open_by_handle_at(anchor, directory.pack(), flags=os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        os.close(os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor))
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

@@ -13,7 +13,9 @@ Facts (struct ovl_fh and ovl_fb in fs/overlayfs/overlayfs.h; the same on every a
     24      n     fid, as name_to_handle_at gives it on the layer itself
 
 The handle type of the whole is 0xf8 (OVL_FILEID_V1); an older format, 0xfb (OVL_FILEID_V0), lacks the padding and is not
-produced since Linux 5.10. A merged directory reveals its first layer only: the upper, if there is one.
+produced since Linux 5.10. What it is of (ovl_check_encode_origin in fs/overlayfs/export.c; held by a test): without an upper
+the first layer's object. With one, the upper's of the root and of what only the upper has; of what the upper shares with a
+lower, a merged directory or a copied-up file, the first lower's, except with nfs_export.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import msgspec
 from watchd.errors import WireError
 
 OVL_FILEID_V1 = 0xF8
+
+_PATH_UPPER = 4
 
 _header = struct.Struct("3xBBBBB16s")
 _PADDING_BYTES = 3
@@ -41,6 +45,11 @@ class OverlayHandle(msgspec.Struct, frozen=True, gc=False):
     uuid: bytes | None
     """Of the real filesystem, 16 bytes; None where the overlay does not tell."""
     fid: bytes
+
+    @property
+    def in_upper(self) -> bool:
+        """The object is in the upper."""
+        return bool(self.flags & _PATH_UPPER)
 
 
 def parse_overlay_handle(handle_type: int, data: bytes) -> OverlayHandle:
