@@ -24,7 +24,7 @@ from watchd.kernel import fanotify as fan
 from watchd.kernel.files import FileHandle, name_to_handle_at, open_by_handle_at
 from watchd.records import Change, Kind
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
-from watchd.sources.look import Place, Touch, look
+from watchd.sources.look import SELF, Place, Touch, look
 from watchd.sources.tree import DirectoryTree
 from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
 
@@ -125,7 +125,7 @@ class FanotifySource:
                 stale = suspects.setdefault(place.layer, {})
                 for touch in touches:
                     if touch.kinds != Kind.MODIFY:
-                        stale[place.child(touch.name)] = touch.kinds
+                        stale[touch.path] = touch.kinds
         linked: set[str] = set()
         return Batch(
             changes=[],
@@ -190,13 +190,15 @@ class FanotifySource:
         return directories, tuple(barriers)
 
     def _touches(self, place: Place, names: list[tuple[bytes, int, bytes]], events: Events) -> list[Touch]:
+        prefix, renames = place.child(b""), events.renames
         return [
             Touch(
                 name,
+                place.path if name == SELF else prefix + name,
                 self._kinds_of(value & MASK),
-                bool(value & fan.FAN_ONDIR),
+                value & fan.FAN_ONDIR != 0,
                 value >> MASK_BITS or None,
-                self._renamed_from(events.renames[key], place.layer) if key in events.renames else None,
+                self._renamed_from(renames[key], place.layer) if key in renames else None,
             )
             for name, value, key in names
         ]
@@ -206,7 +208,7 @@ class FanotifySource:
         for handle, place, touches in groups:
             descriptor = self._tree.open(handle)
             try:
-                changes += look(descriptor, place, touches, now_ns, linked=linked)
+                changes += look(descriptor, place.layer, touches, now_ns, linked=linked)
             finally:
                 if descriptor is not None:
                     os.close(descriptor)

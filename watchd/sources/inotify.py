@@ -371,9 +371,11 @@ class InotifySource:
             path = self._tree.path(wd)
             if path is None or not names:
                 continue
+            place = Place(layer.name, path)
             touches = [
                 Touch(
                     name,
+                    place.child(name),
                     _kinds(mask & _DIRECTORY_MASK),
                     bool(mask & pyinotify.IN_ISDIR),
                     from_path=self._path(events.renames.get((wd, name))) if mask & pyinotify.IN_MOVED_TO else None,
@@ -382,7 +384,7 @@ class InotifySource:
             ]
             directory = self._open(path)
             try:
-                changes += look(directory, Place(layer.name, path), touches, time_ns, linked=linked)
+                changes += look(directory, layer.name, touches, time_ns, linked=linked)
             finally:
                 if directory is not None:
                     os.close(directory)

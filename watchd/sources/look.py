@@ -34,6 +34,8 @@ class Touch(msgspec.Struct, frozen=True, gc=False):
     """What happened to one name of a directory."""
 
     name: bytes
+    path: bytes
+    """From the root of the layer."""
     kinds: int
     """watchd.records.Kind bits."""
     was_dir: bool = False
@@ -43,7 +45,7 @@ class Touch(msgspec.Struct, frozen=True, gc=False):
 
 
 def look(
-    directory: int | None, place: Place, touches: Iterable[Touch], time_ns: int, *, linked: set[str] | None = None
+    directory: int | None, layer: str, touches: Iterable[Touch], time_ns: int, *, linked: set[str] | None = None
 ) -> list[Change]:
     """Changes for the touched names, as they are now below `directory` (None: the directory itself is gone).
 
@@ -61,12 +63,12 @@ def look(
                 exists = status.st_nlink > 0  # 0: a directory that was removed while somebody holds it open
                 is_dir, inode = stat.S_ISDIR(status.st_mode), status.st_ino
                 if linked is not None and touch.kinds & Kind.ATTRIB and status.st_nlink > 1 and not is_dir:
-                    linked.add(place.layer)
+                    linked.add(layer)
         changes.append(
             Change(
                 time_ns,
-                place.layer,
-                place.child(touch.name),
+                layer,
+                touch.path,
                 touch.kinds,
                 exists,
                 is_dir,

@@ -92,12 +92,28 @@ def decode(buffer: bytes, events: Events) -> None:
                 key = buffer[info + 4 : info + size].rstrip(b"\0")
                 known = names.get(key)
                 names[key] = mask | pid << MASK_BITS if known is None else known | mask
+            elif buffer[info] == FAN_EVENT_INFO_TYPE_OLD_DFID_NAME and not mask & FAN_ONDIR:
+                _decode_rename(buffer, info, offset + length, pid, events)
             else:
                 _decode_general(buffer[info : offset + length], mask, pid, events)
             offset += length
     except (struct.error, IndexError) as error:
         raise WireError(f"fanotify: record cut short at byte {offset} of {end} ({error})") from None
     events.records += records
+
+
+def _decode_rename(buffer: bytes, info: int, end: int, pid: int, events: Events) -> None:
+    """The rename of something that is no directory, the everyday way of replacing a file."""
+    size = buffer[info + 2] | buffer[info + 3] << 8
+    new_info = info + size
+    if new_info >= end or buffer[new_info] != FAN_EVENT_INFO_TYPE_NEW_DFID_NAME:
+        _decode_general(buffer[info:end], FAN_RENAME, pid, events)
+        return
+    new_size = buffer[new_info + 2] | buffer[new_info + 3] << 8
+    old = _add(buffer[info + INFO_HEADER_LEN : new_info], FAN_MOVED_FROM, pid, events)
+    new = _add(buffer[new_info + INFO_HEADER_LEN : new_info + new_size], FAN_MOVED_TO, pid, events)
+    if old and new:
+        events.renames[new] = old
 
 
 def _decode_general(infos: bytes, mask: int, pid: int, events: Events) -> None:
