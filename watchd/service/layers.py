@@ -32,6 +32,7 @@ from watchd.kernel.files import FileHandle
 from watchd.metrics import Metrics
 from watchd.overlay.model import LayerDirectory
 from watchd.records import Change, Desync, Kind, Resync, Via
+from watchd.service.barriers import Barriers
 from watchd.service.names import NameBook
 from watchd.sources.base import Batch, MovedIn, Source, Suspects, WatchedLayer
 from watchd.sources.fanotify import FanotifySource
@@ -40,6 +41,9 @@ from watchd.sources.scan import changed_since, everything_below
 from watchd.sources.worker import Worker
 
 log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 2.0
+"""So long the last collection before the end may take."""
 
 RETRY_S = 5.0
 """A layer that could not be watched is tried again after so long."""
@@ -118,8 +122,7 @@ class LayerBook:
         self._journal, self._engine, self._metrics = journal, engine, metrics
         self._names, self._on_round = names, on_round
         self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
-        self._barrier_directory = barrier_directory
-        self._barriers: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
+        self._barriers = Barriers(barrier_directory)
         self._workers: dict[object, Worker] = {}
         self._starting: list[Worker] = []
         """Asked to watch a layer just now, so not to be discarded though no layer has them yet."""
@@ -130,7 +133,6 @@ class LayerBook:
         self._closing = False
         self._numbers = itertools.count(1)
         self._sequences: dict[int, int] = {}
-        self._tokens = itertools.count(1)
         self._marked_ns = 0
         self._unmarked = False
         self._loop = asyncio.get_running_loop()
@@ -166,7 +168,9 @@ class LayerBook:
 
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
-        await self._barrier(set(self._workers.values()), timeout_s=2.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._barriers.wait(set(self._workers.values()))
         self._closing = True
         self._note_marks()
         for worker in list(self._workers.values()):
@@ -229,7 +233,7 @@ class LayerBook:
         return worker
 
     def _source(self, backend: str) -> Source:
-        barrier = os.fsencode(self._barrier_directory)
+        barrier = os.fsencode(self._barriers.directory)
         if backend == "fanotify":
             return FanotifySource(
                 barrier_directory=barrier,
@@ -267,7 +271,7 @@ class LayerBook:
         unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
         for key, _ in unused:
             del self._workers[key]
-        self._release_barriers()
+        self._barriers.keep(self._workers.values())
         for _, worker in unused:
             await self._loop.run_in_executor(None, worker.stop)
 
@@ -297,7 +301,7 @@ class LayerBook:
         for moved in batch.moved_in:
             self._call(self._scan_moved_in, worker, moved)
         if batch.barriers:
-            self._call(self._reached, worker, batch.barriers)
+            self._call(self._barriers.reached, worker, batch.barriers)
 
     def lost(self, worker: Worker, error: Exception) -> None:
         """See `watchd.sources.worker.Sink`."""
@@ -394,7 +398,7 @@ class LayerBook:
             else:
                 self._recover(layer)
         # What was lost may have been the event of a barrier; whoever waits for it waits for the scan now.
-        self._reached(worker, list(self._barriers))
+        self._barriers.reached_all(worker)
 
     def _source_lost(self, worker: Worker, error: Exception) -> None:
         log.warning("a source was lost: %s", error)
@@ -464,44 +468,11 @@ class LayerBook:
         """What the kernel holds for the sources to read; for any thread."""
         return sum(worker.queued_bytes() for worker in list(self._workers.values()))
 
-    # ---- barriers ---------------------------------------------------------------------------------------------------
-
     async def barrier(self, layers: Sequence[Layer]) -> None:
         """Returns when everything that the layers' sources had queued before the call was recorded and handed on."""
-        await self._barrier({layer.worker for layer in layers if layer.worker is not None}, timeout_s=None)
+        await self._barriers.wait({layer.worker for layer in layers if layer.worker is not None})
         for layer in layers:
             await layer.settled.wait()
-
-    async def _barrier(self, workers: set[Worker], *, timeout_s: float | None) -> None:
-        if not workers:
-            return
-        token = b"%d" % next(self._tokens)
-        reached = asyncio.Event()
-        self._barriers[token] = (set(workers), reached)
-        path = self._barrier_directory / token.decode()
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-            path.unlink()
-            async with asyncio.timeout(timeout_s):
-                await reached.wait()
-        except TimeoutError:
-            if timeout_s is None:
-                raise
-        finally:
-            del self._barriers[token]
-
-    def _reached(self, worker: Worker, tokens: Sequence[bytes]) -> None:
-        for token in tokens:
-            if waiting := self._barriers.get(token):
-                waiting[0].discard(worker)
-        self._release_barriers()
-
-    def _release_barriers(self) -> None:
-        alive = set(self._workers.values())
-        for workers, reached in self._barriers.values():
-            workers &= alive
-            if not workers:
-                reached.set()
 
     def _layers_of(self, worker: Worker) -> list[Layer]:
         return [layer for layer in self.layers.values() if layer.worker is worker]
