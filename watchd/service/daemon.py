@@ -21,6 +21,7 @@ from typing import Any
 from watchd import __version__
 from watchd.coherence.engine import Engine, Round
 from watchd.config import Loaded, load
+from watchd.config.schema import Journal as JournalDefaults
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
 from watchd.journal.writer import Journal, JournalSettings
 from watchd.kernel.libc import use_one_malloc_arena
@@ -329,6 +330,10 @@ class Daemon:
             log.warning("coherence: the action %s is not part of this version and is left out", action)
         if any(rule.after for rule in config.mounts):
             log.warning("mounts: `after` is not part of this version and is left out")
+        if any(
+            getattr(config.journal, key) != getattr(JournalDefaults(), key) for key in ("retain_size", "retain_age")
+        ):
+            log.warning("journal: retention is not part of this version, everything is kept")
 
     def _journal_settings(self) -> JournalSettings:
         journal = self._config.journal

@@ -95,7 +95,7 @@ def _limit(name: str) -> int:
 
 def _unwatchable(path: bytes, error: OSError) -> LayerError:
     shown = os.fsdecode(path) or "the layer's root directory"
-    return LayerError(f"inotify cannot watch {shown}: {error.strerror}", remedy="use the backend poll for this layer")
+    return LayerError(f"inotify cannot watch {shown}: {error.strerror}", remedy="see whether it can be listed")
 
 
 class Instance:
