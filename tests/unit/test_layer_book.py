@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from watchd.config.schema import Sources
+from watchd.errors import UnsupportedError
 from watchd.overlay.model import LayerDirectory, View
 from watchd.service.layers import Layer, LayerBook
 from watchd.service.names import NameBook
@@ -172,5 +173,27 @@ def test_losing_one_source_does_not_end_another_that_is_just_beginning(
         assert layer.state == "live"
         assert not second.closed
         assert stopped.empty()
+
+    with_book(tmp_path, story)
+
+
+def test_a_layer_that_is_live_through_the_overlay_around_it_is_not_tried_again_and_failed(tmp_path: Path) -> None:
+    async def story(book: Book) -> None:
+        def refuse(source: ObedientSource) -> None:
+            def add(layer: WatchedLayer) -> None:
+                raise UnsupportedError("no mark")
+
+            source.add = add  # type: ignore[method-assign]
+
+        book.prepare = refuse
+        layer = await book.adopt_at(b"one")
+        assert (layer.state, layer.worker) == ("failed", None)
+        layer.become("live", "as the book of mounts finds it")
+        layer.retry_at = 0.0
+        await book.retry()
+        assert layer.state == "live"
+        layer.become("failed")
+        await book.retry()
+        assert len(book.sources) == 2, "one that failed is tried again"
 
     with_book(tmp_path, story)

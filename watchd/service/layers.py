@@ -149,8 +149,10 @@ class LayerBook:
     async def retry(self) -> None:
         """Try again to watch what could not be watched."""
         now = time.monotonic()
-        for layer in [layer for layer in self.layers.values() if layer.worker is None and layer.retry_at <= now]:
-            await self._watch(layer)
+        # Not every layer without a worker failed: one inside another overlay is live through the layers of that.
+        for layer in [layer for layer in self.layers.values() if layer.state == "failed" and layer.retry_at <= now]:
+            if layer.worker is None:
+                await self._watch(layer)
 
     async def drop(self, layer: Layer) -> None:
         """Stop watching; the journal says that changes may be missing from now on."""
