@@ -425,7 +425,7 @@ def work(
         if task.is_recheck and name_holders:
             held = view.pinned(task.stale)
             if all(entry.pinned_by for entry in held):  # as long as it is held, acting disturbs for nothing
-                return _round(task, target, None, len(held), held, 0), held
+                return _round(task, target, None, len(held), held), held
         known = {entry.path: ANYTHING for entry in task.stale}
         suspects = {**task.suspects, **known}
         before = _some(view, suspects, must_act=task.must_act, target=target)
@@ -435,7 +435,7 @@ def work(
             # Nothing new: its recheck, which also asks again who holds it, comes by itself, ever less often.
             still = {entry.path for entry in view.stale(known, acted=True)}
             stale = tuple(entry for entry in task.stale if entry.path in still)
-            return _round(task, target, None, len(stale), stale, 0), stale
+            return _round(task, target, None, len(stale), stale), stale
         if (before or task.must_act) and not target.observe:
             method = "invalidate"
             stale, duration_ns, cost_ns = _act(view, target, suspects, around)

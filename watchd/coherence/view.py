@@ -61,7 +61,7 @@ _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 
 class Stale(msgspec.Struct, frozen=True, gc=False):
-    """A name whose merged view is wrong. `kind` is missing, ghost, replaced, permission or listing."""
+    """A name whose merged view is wrong. `kind` is one of the contract's words for `stale` in `status --json`."""
 
     path: bytes
     kind: str

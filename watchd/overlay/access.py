@@ -28,7 +28,7 @@ from watchd.kernel.mounts import open_tree_clone
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.kernel.statx import mount_id
 from watchd.overlay.discovery import find_namespaces
-from watchd.overlay.model import LayerDirectory, MountPoint, View
+from watchd.overlay.model import LayerDirectory, MountPoint, View, device_name
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:
         raise MountError(f"{os.fsdecode(point.path)}: {error}") from error
     try:
         found = os.fstat(fd).st_dev
-        if f"{os.major(found)}:{os.minor(found)}" != device:
+        if device_name(found) != device:
             raise MountError(f"{os.fsdecode(point.path)} shows something else than the overlay {device} now")
     except BaseException:
         os.close(fd)

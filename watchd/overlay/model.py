@@ -17,6 +17,7 @@ Facts (fs/overlayfs/params.c and super.c of 6.1, 6.12 and 6.18)
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 
@@ -28,6 +29,17 @@ from watchd.wire.mountinfo import MountInfo, split_options
 _WORD = re.compile(rb"(?:[^:\\]|\\.)+|\\\Z|:+", re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.?)", re.DOTALL)
 _PATHS = frozenset({"lowerdir", "lowerdir+", "datadir+", "upperdir", "workdir"})
+
+
+def device_name(device: int) -> str:
+    """st_dev as `major:minor`, which is how an overlay is named."""
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def device_number(name: str) -> int:
+    """The st_dev that `major:minor` means."""
+    major, _, minor = name.partition(":")
+    return os.makedev(int(major), int(minor))
 
 
 class View(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
 from watchd.overlay.discovery import Namespaces, find_namespaces, matches
 from watchd.overlay.layers import look_up
-from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View
+from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name, device_number
 from watchd.overlay.mountwatch import MountWatch
 from watchd.service.layers import OVERLAYFS_MAGIC, Key, Layer, LayerBook, key_of
 from watchd.service.names import NameBook
@@ -218,7 +218,7 @@ class MountBook:
             for layer in mount.layers:
                 if layer.directory.magic != OVERLAYFS_MAGIC:
                     continue
-                inner = self.mounts.get(_device(layer.directory))
+                inner = self.mounts.get(device_name(layer.directory.device))
                 if inner is not None:
                     outer = Outer(device, _below(layer.directory, inner.overlay))
                     outers[inner.overlay.device] = (*outers.get(inner.overlay.device, ()), outer)
@@ -243,7 +243,7 @@ class MountBook:
         level = {mount.overlay.device: mount for mount in mounts}
         while level and len(levels) <= NESTING_MAX:
             levels.insert(0, list(level.values()))
-            devices = {_device(layer.directory) for mount in level.values() for layer in mount.layers}
+            devices = {device_name(layer.directory.device) for mount in level.values() for layer in mount.layers}
             level = {device: self.mounts[device] for device in devices if device in self.mounts}
         return levels
 
@@ -308,13 +308,8 @@ class MountBook:
         telling: set[int] = set()
         for device, mount in self.mounts.items():  # an inner one is mounted, and so found, before those around it
             if all(cache_tells(layer, telling) for layer in layers_of(mount.stack)):
-                major, _, minor = device.partition(":")
-                telling.add(os.makedev(int(major), int(minor)))
+                telling.add(device_number(device))
         return telling
-
-
-def _device(directory: LayerDirectory) -> str:
-    return f"{os.major(directory.device)}:{os.minor(directory.device)}"
 
 
 def _below(directory: LayerDirectory, inner: Overlay) -> bytes | None:

@@ -18,7 +18,7 @@ from watchd.kernel.statx import mount_id
 from watchd.overlay.access import in_view
 from watchd.overlay.discovery import Namespaces, is_selected, read_overlays
 from watchd.overlay.layers import resolve
-from watchd.overlay.model import Overlay, ResolvedStack
+from watchd.overlay.model import Overlay, ResolvedStack, device_number
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def survey(
 
 
 def _mount_ids(overlay: Overlay, courier: Courier) -> frozenset[int]:
-    major, _, minor = overlay.device.partition(":")
-    device = os.makedev(int(major), int(minor))
+    device = device_number(overlay.device)
     ids = set()
     for point in overlay.mount_points:
         try:
