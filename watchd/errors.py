@@ -53,6 +53,10 @@ class MountError(WatchdError):
     """A merged mount cannot be found, looked at or acted upon; only that mount is degraded."""
 
 
+class RefusedError(MountError):
+    """An action would harm or cannot help; nothing was changed. The message is the reason."""
+
+
 class WireError(WatchdError):
     """Bytes from the kernel do not decode."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from watchd.overlay.model import Overlay, ResolvedStack
+
 
 @dataclass(frozen=True)
 class LayerRoot:
@@ -59,5 +61,12 @@ class Target:
     """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
     observe: bool = False
     """Verify and report, but do nothing."""
+    actions: tuple[str, ...] = ("invalidate",)
+    """The ladder: what may be done about it, in this order."""
+    evict_limit_bytes: int = 256 << 20
+    """A larger file is not copied to evict it."""
+    overlay: Overlay | None = field(default=None, repr=False, compare=False)
+    stack: ResolvedStack | None = field(default=None, repr=False, compare=False)
+    """What it was built from; None in tests only."""
     budget: float = 0.1
     """Share of the time that may go into invalidating this mount."""

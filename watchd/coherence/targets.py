@@ -43,6 +43,8 @@ def build_target(
     courier: Courier,
     *,
     observe: bool = False,
+    actions: tuple[str, ...] = ("invalidate",),
+    evict_limit_bytes: int = 256 << 20,
     budget: float = 0.1,
     telling_overlays: Collection[int] = (),
 ) -> Target:
@@ -71,6 +73,10 @@ def build_target(
         renames_directories=overlay.upperdir is not None
         and overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
         observe=observe,
+        actions=actions,
+        evict_limit_bytes=evict_limit_bytes,
+        overlay=overlay,
+        stack=stack,
         budget=budget,
     )
 

@@ -66,6 +66,8 @@ class Stale(msgspec.Struct, frozen=True, gc=False):
     path: bytes
     kind: str
     pinned_by: tuple[Holder, ...] = ()
+    reason: str = ""
+    """Why it could not be repaired, or what happened to it; a sentence for people."""
 
 
 class View:
@@ -119,7 +121,7 @@ class View:
         device = os.fstat(self.merged).st_dev
         inodes = {entry.path: self._inode(entry.path) for entry in stale}
         holders = find_holders(Wanted(device, self._target.mount_points, inodes))
-        return tuple(Stale(entry.path, entry.kind, holders.get(entry.path, ())) for entry in stale)
+        return tuple(msgspec.structs.replace(entry, pinned_by=holders.get(entry.path, ())) for entry in stale)
 
     def _inode(self, path: bytes) -> int:
         descriptor = self._cached(path)

@@ -21,6 +21,8 @@ Method = Literal["invalidate", "evict", "replace", "drop_caches"]
 Mode = Literal["repair", "observe"]
 Orphans = Literal["keep", "prune"]
 Budget = Annotated[Percentage, Range("0.1%", "100%")]
+EvictLimit = Annotated[Size, Range("0B", "1TiB")]
+DropCachesInterval = Annotated[Duration, Range("1s", "1d")]
 
 LADDER: tuple[Method, ...] = get_args(Method)
 """The order in which actions are tried."""
@@ -52,11 +54,17 @@ class Sources(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Coherence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is done about a stale mount. `budget` is the most of the time that may go into invalidating one mount."""
+    """What is done about a stale mount.
+
+    `budget` is the most of the time that may go into invalidating one mount; `evict_limit` the largest file that evict copies;
+    `drop_caches_interval` the least time between two host-wide drops, whichever mounts ask for them.
+    """
 
     mode: Mode = "repair"
     actions: tuple[Method, ...] = ("invalidate",)
     budget: Budget = Percentage.parse("10%")
+    evict_limit: EvictLimit = Size.parse("256MiB")
+    drop_caches_interval: DropCachesInterval = Duration.parse("1m")
     orphans: Orphans = "keep"
 
 
@@ -67,6 +75,7 @@ class MountRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mode: Mode | UnsetType = UNSET
     actions: tuple[Method, ...] | UnsetType = UNSET
     budget: Budget | UnsetType = UNSET
+    evict_limit: EvictLimit | UnsetType = UNSET
     orphans: Orphans | UnsetType = UNSET
     after: tuple[str, ...] = ()
 
@@ -129,5 +138,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         rule = self.rule_for(mount_points)
         if rule is None:
             return self.coherence
-        said = {key: getattr(rule, key) for key in Coherence.__struct_fields__ if getattr(rule, key) is not UNSET}
+        said = {
+            key: getattr(rule, key) for key in Coherence.__struct_fields__ if getattr(rule, key, UNSET) is not UNSET
+        }
         return msgspec.structs.replace(self.coherence, **said)

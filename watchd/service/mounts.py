@@ -294,12 +294,13 @@ class MountBook:
 
     def _target(self, overlay: Overlay, stack: ResolvedStack) -> Target:
         coherence = self.config.coherence_for(point.path for point in overlay.mount_points)
-        acts = coherence.mode == "repair" and "invalidate" in coherence.actions
         return build_target(
             overlay,
             stack,
             self.courier,
-            observe=not acts,
+            observe=coherence.mode == "observe" or not coherence.actions,
+            actions=coherence.actions,
+            evict_limit_bytes=int(coherence.evict_limit),
             budget=float(coherence.budget),
             telling_overlays=self._telling_overlays(),
         )

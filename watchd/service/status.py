@@ -114,7 +114,12 @@ def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
         "state": state,
         "reason": reason,
         "stale": [
-            {**name(entry.path), "kind": entry.kind, "pinned_by": [_holder(holder) for holder in entry.pinned_by]}
+            {
+                **name(entry.path),
+                "kind": entry.kind,
+                "pinned_by": [_holder(holder) for holder in entry.pinned_by],
+                "reason": entry.reason,
+            }
             for entry in stale
         ],
         "actions": actions,
