@@ -99,3 +99,22 @@ def test_changes_told_while_the_layer_was_out_of_reach_are_not_forgotten(sandbox
     os.rename(low + b".away", low)
     assert daemon.verb("sync", merged).returncode == 0
     assert os.path.exists(merged + b"/new")
+
+
+def test_a_listing_that_somebody_has_read_and_holds_is_not_called_coherent(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    populate(low)
+    os.makedirs(sandbox.path(b"up/d"))
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    reader = os.open(merged + b"/d", os.O_RDONLY)
+    os.listdir(reader)
+    replace(low + b"/d/new", b"nobody looked for it")
+    done = daemon.verb("sync", merged)
+    assert done.returncode == 1
+    assert f"{os.fsdecode(merged)}/d: listing" in done.stdout
+    [stale] = daemon.mount(merged)["stale"]
+    assert {"pid": os.getpid(), "how": "open"}.items() <= stale["pinned_by"][0].items()
+    os.close(reader)
+    assert daemon.verb("sync", merged).returncode == 0
+    assert b"new" in os.listdir(merged + b"/d")

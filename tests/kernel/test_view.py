@@ -19,7 +19,7 @@ from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.target import LayerRoot, Target
 from watchd.coherence.targets import CACHE_TELLS
-from watchd.coherence.view import FEW, View
+from watchd.coherence.view import CACHED_TRIES, FEW, View
 from watchd.kernel.files import CONFINED, RESOLVE_CACHED, try_openat2
 from watchd.kernel.filesystems import filesystem_magic
 from watchd.kernel.libc import AT_FDCWD
@@ -82,7 +82,10 @@ class Merged:
         """0: it is in the cache, as there; else what openat2 says."""
         root = self.target.open()
         try:
-            descriptor = try_openat2(root, name, resolve=CONFINED | RESOLVE_CACHED)
+            for _ in range(CACHED_TRIES):  # mounts elsewhere on the host make it miss
+                descriptor = try_openat2(root, name, resolve=CONFINED | RESOLVE_CACHED)
+                if descriptor != -errno.EAGAIN:
+                    break
         finally:
             os.close(root)
         if descriptor < 0:
@@ -448,5 +451,5 @@ def test_the_names_that_are_cached_are_those_that_were_looked_up(merged: Merged)
     write(merged.layers[1] + b"/unseen/file")
     os.stat(merged(b"d/file"))
     with merged.view() as view:
-        assert {path for path, _ in view.cached_names()} == {b"d", b"d/file"}
+        assert {path for path, _ in view.cached_names()} == {b"", b"d", b"d/file"}
         assert merged.cached(b"unseen") == NOT_CACHED

@@ -11,19 +11,15 @@ from typing import Any
 import pytest
 
 from watchd.coherence import engine as module
-from watchd.coherence.engine import (
-    ANYTHING,
-    INLINE_DURATION_MAX_NS,
-    RECHECK_FIRST_NS,
-    RECHECK_LAST_NS,
-    Engine,
-    Round,
-    Task,
-)
+from watchd.coherence.drop_caches import DropCaches
+from watchd.coherence.engine import INLINE_DURATION_MAX_NS, RECHECK_FIRST_NS, RECHECK_LAST_NS, Engine
 from watchd.coherence.handles import Handles
+from watchd.coherence.ladder import Step, Tools
+from watchd.coherence.round import ANYTHING, Round, Task
 from watchd.coherence.target import LayerRoot, Target
 from watchd.coherence.view import Stale
 from watchd.errors import MountError
+from watchd.kernel.namespaces import Courier
 from watchd.records import Kind
 
 PATIENCE_S = 30.0
@@ -73,7 +69,10 @@ class Call:
             raise self._error
         stale = len(self._stale)
         result = "stale" if stale else "coherent"
-        return Round(self.target, self._method, result, stale, stale, self._duration_ns, self.upto, None), self._stale
+        steps = ()
+        if self._method:
+            steps = (Step(self._method, result, stale, stale, self._duration_ns, self._duration_ns),)
+        return Round(self.target, steps, result, stale, stale, self.upto, None), self._stale
 
 
 class Stage:
@@ -87,16 +86,17 @@ class Stage:
         self._threads = threads
 
     def start(self) -> None:
-        self.engine = Engine(self, threads=self._threads, clock=self.clock)
+        tools = Tools(Handles(), Courier(), DropCaches(0))
+        self.engine = Engine(self, tools, threads=self._threads, clock=self.clock)
 
     def work(
         self,
         target: Target,
-        handles: Handles,
         task: Task,
+        tools: Tools,
         *,
         around: Sequence[Target] = (),
-        name_holders: bool = False,
+        thorough: bool = False,
     ) -> tuple[Round, tuple[Stale, ...]]:
         suspects = {**task.suspects, **{stale.path: ANYTHING for stale in task.stale}}
         call = Call(target, suspects, task.must_act, task.upto, task.oldest_ns)
@@ -180,7 +180,7 @@ def test_a_new_mount_is_invalidated_once_because_nobody_knows_what_it_cached(sta
     call = stage.next()
     assert (call.must_act, call.suspects) == (True, {})
     call.end(method="invalidate")
-    assert stage.told().method == "invalidate"
+    assert [step.method for step in stage.told().steps] == ["invalidate"]
     state = stage.engine.state("0:1")
     assert state is not None
     assert (state.state, state.actions) == ("coherent", {"invalidate": 1})
@@ -399,7 +399,7 @@ def test_settle_looks_anew_at_what_is_stale(stage: Stage, elsewhere: ThreadPoolE
     stage.told()
     settled = elsewhere.submit(stage.engine.settle, ["0:1"], FOREVER_NS)
     call = stage.next()
-    assert call.suspects == {b"pinned": module.ANYTHING}
+    assert call.suspects == {b"pinned": ANYTHING}
     call.end()
     assert settled.result(timeout=PATIENCE_S) is True
     state = stage.engine.state("0:1")
@@ -447,7 +447,7 @@ def test_what_stays_stale_is_looked_at_again_ever_less_often(stage: Stage) -> No
         assert stage.passes_over("0:1")
         stage.forward(1)
         call = stage.next()
-        assert call.suspects == {b"pinned": module.ANYTHING}
+        assert call.suspects == {b"pinned": ANYTHING}
         call.end(b"pinned")
         stage.told()
         interval_ns = min(interval_ns * 2, RECHECK_LAST_NS)
@@ -562,7 +562,7 @@ def test_a_quick_mount_is_worked_on_by_whoever_tells_and_the_observer_is_not_tol
     call.end(method="invalidate", duration_ns=1)
     round = returned.result(timeout=PATIENCE_S)
     assert round is not None
-    assert (round.method, round.upto) == ("invalidate", 3)
+    assert ([step.method for step in round.steps], round.upto) == (["invalidate"], 3)
     assert stage.nothing_told()
     state = stage.engine.state("0:1")
     assert state is not None

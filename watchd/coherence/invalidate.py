@@ -8,9 +8,12 @@ covers all mounts of the superblock in all namespaces. EBUSY while frozen. What 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterable
 
+from watchd.coherence.target import Target
 from watchd.errors import MountError, NotPermittedError
 from watchd.kernel.mounts import FSCONFIG_CMD_RECONFIGURE, FSCONFIG_SET_FLAG, fsconfig, fspick
 
@@ -34,3 +37,14 @@ def invalidate(merged: int, *, read_only: bool) -> int:
     except OSError as error:
         raise MountError(f"cannot invalidate: {error.strerror}") from None
     return time.monotonic_ns() - started_ns
+
+
+def invalidate_around(targets: Iterable[Target]) -> None:
+    """Drop what overlays around one hold of it, outermost first. One that cannot be had is gone, or fails its own round."""
+    for target in targets:
+        with contextlib.suppress(MountError):
+            merged = target.open()
+            try:
+                invalidate(merged, read_only=target.read_only)
+            finally:
+                os.close(merged)

@@ -133,7 +133,10 @@ class View:
             os.close(descriptor)
 
     def cached_names(self) -> Generator[tuple[bytes, int], None, None]:
-        """Every name that the layers have and that the merged mount has cached, as suspects; uncached subtrees are skipped."""
+        """Every name that the layers have and that the merged mount has cached, as suspects; uncached subtrees are skipped.
+
+        The root, always cached, comes first."""
+        yield b"", int(Kind.CREATE)
         pending = [b""]
         while pending:
             directory = pending.pop()
@@ -147,6 +150,24 @@ class View:
                     if is_dir:
                         pending.append(path)
                 yield path, int(Kind.CREATE)
+
+    def lists_otherwise(self, directory: bytes) -> bool:
+        """Whether a directory that is cached and merged lists other names than its layers have. Raises LayerError, OSError.
+
+        One that a single layer provides is never listed from memory.
+        """
+        descriptor = self._cached(directory)
+        if descriptor < 0:
+            return False
+        try:
+            # Twice, because it may change between the two looks of one comparison.
+            return self.union.is_merged(directory) and all(
+                self._lists_otherwise(directory, descriptor) for _ in range(2)
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        finally:
+            os.close(descriptor)
 
     def _is_cached(self, directory: bytes, cached: dict[bytes, bool]) -> bool:
         """Whether a directory is in the merged mount's cache, going down from the root with a memory of the answers."""

@@ -146,6 +146,10 @@ class Union:
                     names[name] = stat.S_ISDIR(status.st_mode)
         return names
 
+    def is_merged(self, path: bytes) -> bool:
+        """Whether more than one layer contributes to the directory at `path`. Raises OSError."""
+        return len(self._members(path)) > 1
+
     def second(self, path: bytes) -> FileHandle | None:
         """What the next layer below the first contributes to the merged directory at `path`. Raises OSError."""
         members = self._members(path)

@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from watchd import __version__
-from watchd.coherence.engine import Engine, Round
+from watchd.coherence.drop_caches import DropCaches
+from watchd.coherence.engine import Engine
+from watchd.coherence.handles import Handles
+from watchd.coherence.ladder import Step, Tools
+from watchd.coherence.round import Round
 from watchd.config import Loaded, load
 from watchd.config.schema import Journal as JournalDefaults
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
 from watchd.journal.writer import Journal, JournalSettings
 from watchd.kernel.libc import use_one_malloc_arena
+from watchd.kernel.namespaces import Courier
 from watchd.metrics import Metrics
 from watchd.records import Action, Start, Stop
 from watchd.service import logs, preflight
@@ -47,6 +52,9 @@ REFRESH_PAUSE_S = 0.05
 """So that a storm of mounts costs one look in this time."""
 
 SYNC_TIMEOUT_S = 30.0
+
+SYNC_ROUNDS = 4
+"""A mount that was replaced is looked at anew, and then those around it may have to be replaced."""
 
 SYNC_PAUSES_S = (0.01, 0.03, 0.1)
 """What somebody just opened for a moment seems held: before `sync` says so it looks again after these."""
@@ -85,7 +93,10 @@ class Daemon:
         )
         stack.push_async_callback(self._close_journal)
         self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
-        self._engine = Engine(self)
+        tools = Tools(Handles(), Courier(), DropCaches(int(config.coherence.drop_caches_interval)))
+        stack.callback(tools.courier.close)
+        self._drop_caches = tools.drop_caches
+        self._engine = Engine(self, tools)
         stack.callback(self._engine.close)
         names = NameBook({name: mark.path for name, mark in self._journal.recovered.layers.items()})
         self._layers = LayerBook(
@@ -203,26 +214,30 @@ class Daemon:
             self._metrics.latency.observe(round.latency_ns / 1e9)
         if round.result == "failed":
             log.warning("%s: %s", round.target.device, round.error)
-        if round.method is None:
-            return
-        self._metrics.action(round.target.device, round.method, round.result, round.duration_ns / 1e9)
-        self._journal.append(
-            [
-                Action(
-                    time.time_ns(),
-                    round.target.device,
-                    round.target.mount_point,
-                    round.method,
-                    round.result,
-                    round.stale_before,
-                    round.stale_after,
-                    round.duration_ns,
-                    self._layers.sequence_of(round.upto),
-                )
-            ]
+        if round.replaced_by is not None:
+            self._look.set()
+        # A counter of a mount that is no more would go with it.
+        device = (round.replaced_by or round.target).device
+        for step in round.steps:
+            self._metrics.action(device, step.method, step.result, step.duration_ns / 1e9)
+        if round.steps:
+            self._journal.append([self._action(round, step) for step in round.steps])
+        if round.steps and round.stale_after:
+            methods = ", ".join(step.method for step in round.steps)
+            log.warning("%s: %d names stay stale after %s", round.target.device, round.stale_after, methods)
+
+    def _action(self, round: Round, step: Step) -> Action:
+        return Action(
+            time.time_ns(),
+            round.target.device,
+            round.target.mount_point,
+            step.method,
+            step.result,
+            step.stale_before,
+            step.stale_after,
+            step.duration_ns,
+            self._layers.sequence_of(round.upto),
         )
-        if round.stale_after:
-            log.warning("%s: %d names stay stale after %s", round.target.device, round.stale_after, round.method)
 
     def _committed(self, records: int, append_s: float, sync_s: float) -> None:
         self._metrics.append_duration.observe(append_s)
@@ -238,19 +253,13 @@ class Daemon:
         deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._mounts.refresh()
-                mounts, unmatched = self._mounts.select(patterns)
-                if unmatched:
-                    raise UsageError(
-                        f"no overlay mount matches {unmatched[0]!r}",
-                        remedy="see `watchd status` for those that are kept",
-                    )
-                levels = self._mounts.innermost_first(mounts)
-                concerned = [layer for level in levels for mount in level for layer in mount.layers]
-                await self._layers.barrier(concerned if patterns else list(self._layers.layers.values()))
-                await self._settle(levels, deadline_ns)
+                for _ in range(SYNC_ROUNDS):
+                    await self._mounts.refresh()
+                    mounts = self._select(patterns)
+                    await self._verify(mounts, deadline_ns, every_layer=not patterns)
+                    if all(self._engine.state(mount.overlay.device) for mount in mounts):
+                        break  # none of them was replaced or unmounted meanwhile
                 await self._journal.flush()
-                await self._mounts.check_layers(mounts)
                 if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
                     await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
@@ -260,6 +269,22 @@ class Daemon:
         # What was unmounted meanwhile is not asked for any more.
         kept = [mount for mount in mounts if self._mounts.mounts.get(mount.overlay.device) is mount]
         return {"mounts": mounts_status(kept, self._engine)}
+
+    def _select(self, patterns: Sequence[str]) -> list[Mount]:
+        mounts, unmatched = self._mounts.select(patterns)
+        if unmatched:
+            raise UsageError(
+                f"no overlay mount matches {unmatched[0]!r}", remedy="see `watchd status` for those that are kept"
+            )
+        return mounts
+
+    async def _verify(self, mounts: Sequence[Mount], deadline_ns: int, *, every_layer: bool) -> None:
+        """Returns when all that happened before was looked at. Raises TimeoutError."""
+        levels = self._mounts.innermost_first(mounts)
+        concerned = [layer for level in levels for mount in level for layer in mount.layers]
+        await self._layers.barrier(list(self._layers.layers.values()) if every_layer else concerned)
+        await self._mounts.check_layers([mount for level in levels for mount in level])
+        await self._settle(levels, deadline_ns)
 
     async def _settle(self, levels: Sequence[Sequence[Mount]], deadline_ns: int) -> None:
         """Wait until all was verified; what is stale is looked at again a few times. Raises TimeoutError."""
@@ -288,6 +313,7 @@ class Daemon:
         loaded = await self._loop.run_in_executor(None, load, self._config_file)
         self._control.permit(loaded.config.control)
         old, self._config = self._config, loaded.config
+        self._drop_caches.interval_ns = int(loaded.config.coherence.drop_caches_interval)
         logs.set_up(loaded.config.log)
         self._tell_unused()
         if loaded.config.metrics != old.metrics:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from watchd.coherence.engine import ANYTHING, Engine, Round
+from watchd.coherence.engine import Engine
+from watchd.coherence.round import ANYTHING, Round
 from watchd.config.schema import Sources
 from watchd.errors import LayerError, UnsupportedError, WatchdError
 from watchd.journal.format import LayerMark

@@ -50,8 +50,6 @@ class Mount:
     layers: list[Layer]
     unknown: tuple[LayerDirectory, ...]
     """Layers that could not be found, with the reason in `error`."""
-    displaced: str = ""
-    """Why a layer's path does not lead to the layer any more: it was replaced, removed or mounted over."""
 
 
 class MountBook:
@@ -111,9 +109,8 @@ class MountBook:
         """See whether the layers of these mounts are still what their paths lead to; an overlay goes on with the old ones."""
         found = await self._loop.run_in_executor(self._thread, self._displaced, [mount.stack for mount in mounts])
         for mount, reason in zip(mounts, found, strict=True):
-            if reason and not mount.displaced:
+            if self._engine.displace(mount.overlay.device, reason) and reason:
                 log.warning("%s: %s", mount.overlay.device, reason)
-            mount.displaced = reason
 
     def _displaced(self, stacks: Sequence[ResolvedStack]) -> list[str]:
         known: dict[LayerDirectory, str] = {}
@@ -331,6 +328,8 @@ def _same(mount: Mount, sighting: Sighting) -> bool:
     assert sighting.stack is not None
     if known and now and not known & now:
         return False
+    if known & now and not mount.unknown:
+        return True  # whatever the paths of its layers lead to by now
     if not now and any(directory.error for directory in sighting.stack.lowers):
         # Something is mounted over it: what was known of it is better than nothing.
         return _shown(mount.overlay) == _shown(sighting.overlay)

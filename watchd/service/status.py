@@ -91,8 +91,8 @@ def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...],
             known.stale,
             {**known.actions},
         )
-    if mount.displaced:
-        return "stale", mount.displaced, (*known.stale, Stale(b"", "layer")), {**known.actions}
+    if known.displaced:
+        return known.state, known.error, known.stale, {**known.actions}
     for layer in mount.layers:
         if layer.state == "failed":
             return "failed", f"layer {layer.name}: {layer.reason}", known.stale, {**known.actions}

@@ -1,0 +1,216 @@
+"""One round on one mount: verify, act if something is stale, verify again."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from watchd.coherence.ladder import Climb, Ladder, Step, Tools
+from watchd.coherence.replace import replace
+from watchd.coherence.target import Target
+from watchd.coherence.view import Stale, View
+from watchd.errors import RefusedError
+from watchd.records import Kind
+
+ANYTHING = sum(Kind)
+"""`Kind` bits of a path of which nothing is known."""
+
+STALE_COUNTED_MAX = 1000
+"""Verification before an action stops here: that much is stale, and all of it is verified again afterwards."""
+
+REPLACE_AFTER_NS = 50_000_000
+"""What is held for less than this is not worth a new mount."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one round takes from a mount."""
+
+    suspects: Mapping[bytes, int]
+    """Path -> `Kind` bits."""
+    stale: tuple[Stale, ...] = ()
+    """What the last round left stale."""
+    must_act: bool = False
+    """Anything may be stale."""
+    upto: int = 0
+    oldest_ns: int | None = None
+    asked: int = 0
+    listings: Collection[bytes] = ()
+    """Directories in which names came or went. Their listings are pinned by whoever has read them and holds them open."""
+    displaced: str = ""
+    """Why a layer's path does not lead to the layer any more."""
+    stale_for_ns: int = 0
+    recheck: bool = False
+    """It is time to see whether what was left stale can be healed by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round on a mount came to."""
+
+    target: Target
+    steps: tuple[Step, ...]
+    """What was done; nothing if nothing was stale, or in mode observe."""
+    result: str
+    """coherent, stale or failed."""
+    stale_before: int
+    stale_after: int
+    upto: int
+    """The greatest batch number covered."""
+    latency_ns: int | None
+    """From the reading of the oldest event covered to the end of the round."""
+    error: str = ""
+    healed: tuple[bytes, ...] = ()
+    """What was stale and is not any more; at most STALE_COUNTED_MAX of them, and none where it was not looked at before."""
+    doubted: bool = False
+    """The whole mount was invalidated without looking at it first."""
+    replaced_by: Target | None = None
+    listing_cost_ns: int = 0
+    """CPU time of comparing listings."""
+
+    @property
+    def cost_ns(self) -> int:
+        """CPU time of the actions."""
+        return sum(step.cost_ns for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What is stale before anything is done."""
+
+    stale: tuple[Stale, ...] = ()
+    is_news: bool = False
+    """Some of it was not known to be stale."""
+    listing_cost_ns: int = 0
+
+
+Outcome = tuple[Round, tuple[Stale, ...]]
+
+
+def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] = (), thorough: bool = False) -> Outcome:
+    """One round: what it came to, and what is stale now.
+
+    `thorough`: it may take its time, so holders are named, listings compared and actions taken that are slower than an
+    invalidation. `around`: overlays that hold references into this one, outermost first.
+    Raises MountError, LayerError, OSError.
+    """
+    if task.displaced:
+        return _replace_displaced(target, task, tools)
+    with View(target, tools.handles) as view:
+        found = _find(view, target, task, thorough=thorough)
+        methods = _methods(target, task, found, thorough=thorough)
+        climb = Climb((), found.stale)
+        if methods:
+            about = {**task.suspects, **{entry.path: ANYTHING for entry in (*task.stale, *found.stale)}}
+            ladder = Ladder(view, target, tools, verify=lambda now: _verify(now, about, task), around=around)
+            climb = ladder.climb(methods, found.stale, doubted=task.must_act)
+        stale = _remembering(climb.stale, task.stale)
+        if thorough and stale and climb.replaced_by is None:
+            stale = view.pinned(stale)
+    return _outcome(target, task, found, climb, stale), stale
+
+
+def _find(view: View, target: Target, task: Task, *, thorough: bool) -> _Finding:
+    if task.must_act:  # not asked where it makes no difference
+        return _Finding(_everything(view), is_news=True) if target.observe else _Finding()
+    old = {entry.path: ANYTHING for entry in task.stale}
+    known = tuple(view.stale(old, acted=True))
+    new = _new(view, target, task)
+    cost_ns = 0
+    if thorough and task.listings:
+        started_ns = time.thread_time_ns()
+        new |= {
+            path: Stale(path, "listing") for path in task.listings if path not in old and view.lists_otherwise(path)
+        }
+        cost_ns = time.thread_time_ns() - started_ns
+    stale = (*(entry for entry in known if entry.path not in new), *new.values())
+    if thorough and stale and not new:
+        stale = view.pinned(stale)
+    return _Finding(stale, is_news=bool(new), listing_cost_ns=cost_ns)
+
+
+def _new(view: View, target: Target, task: Task) -> dict[bytes, Stale]:
+    """What is stale among the suspects; as yet unseen damage counts where an invalidation will come."""
+    acts = "invalidate" in target.actions and not target.observe
+    if target.renames_directories and acts:
+        return {path: Stale(path, "replaced") for path in itertools.islice(task.suspects, 1)}
+    stale = view.stale(task.suspects, acted=not acts)
+    return {entry.path: entry for entry in itertools.islice(stale, STALE_COUNTED_MAX)}
+
+
+def _verify(view: View, suspects: Mapping[bytes, int], task: Task) -> tuple[Stale, ...]:
+    stale = {entry.path: entry for entry in view.stale(suspects, acted=True)}
+    if task.must_act:  # little is cached now, so all of that can be looked at
+        stale = {entry.path: entry for entry in (*_everything(view), *stale.values())}
+    return tuple(stale.values())
+
+
+def _everything(view: View) -> tuple[Stale, ...]:
+    return tuple(view.stale(dict(view.cached_names()), acted=True))
+
+
+def _remembering(stale: tuple[Stale, ...], known: Sequence[Stale]) -> tuple[Stale, ...]:
+    """With the reasons why an earlier round could not repair it, where this one did not try."""
+    reasons = {(entry.path, entry.kind): entry.reason for entry in known if entry.reason}
+    if not reasons:
+        return stale
+    return tuple(
+        entry if entry.reason else msgspec.structs.replace(entry, reason=reasons.get((entry.path, entry.kind), ""))
+        for entry in stale
+    )
+
+
+def _methods(target: Target, task: Task, found: _Finding, *, thorough: bool) -> tuple[str, ...]:
+    """Which actions are worth trying."""
+    if target.observe or not (found.stale or task.must_act):
+        return ()
+    if not (found.is_news or task.must_act or task.recheck):
+        return ()  # its recheck, which also asks again who holds it, comes by itself, ever less often
+    left_out = set()
+    if not thorough:
+        left_out |= {"evict", "replace", "drop_caches"}
+    elif not found.is_news and not task.must_act and all(entry.pinned_by for entry in found.stale):
+        left_out |= {"invalidate", "drop_caches"}  # as long as it is held, dropping caches disturbs for nothing
+    if task.stale_for_ns < REPLACE_AFTER_NS:
+        left_out |= {"replace"}
+    return tuple(method for method in target.actions if method not in left_out)
+
+
+def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
+    """The overlay goes on with layers that nobody can get at by path any more: only a new mount helps."""
+    reason = task.displaced
+    climb = Climb((), (Stale(b"", "layer", reason=reason),))
+    if "replace" in target.actions and not target.observe:
+        started_ns, started_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        try:
+            new = replace(target, tools.courier)
+        except RefusedError as refusal:
+            climb = Climb((), (Stale(b"", "layer", reason=f"{reason}; replace: {refusal}"),))
+        else:
+            duration_ns, cost_ns = time.monotonic_ns() - started_ns, time.thread_time_ns() - started_cpu_ns
+            climb = Climb((Step("replace", "coherent", 1, 0, duration_ns, cost_ns),), (), new)
+    return _outcome(target, task, _Finding((Stale(b"", "layer"),)), climb, climb.stale), climb.stale
+
+
+def _outcome(target: Target, task: Task, found: _Finding, climb: Climb, stale: Sequence[Stale]) -> Round:
+    still = {entry.path for entry in stale}
+    was = dict.fromkeys(entry.path for entry in (*found.stale, *task.stale))
+    result = "failed" if climb.error else "stale" if stale else "coherent"
+    return Round(
+        target,
+        climb.steps,
+        result,
+        len(found.stale),
+        len(stale),
+        task.upto,
+        None if task.oldest_ns is None else time.monotonic_ns() - task.oldest_ns,
+        climb.error,
+        healed=tuple(path for path in was if path not in still) if not target.observe and not climb.error else (),
+        doubted=task.must_act and not target.observe,
+        replaced_by=climb.replaced_by,
+        listing_cost_ns=found.listing_cost_ns,
+    )
