@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from watchd.coherence import engine as module
+from watchd.coherence.actions import Tools
 from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.engine import INLINE_DURATION_MAX_NS, RECHECK_FIRST_NS, RECHECK_LAST_NS, Engine
 from watchd.coherence.handles import Handles
-from watchd.coherence.ladder import Step, Tools
+from watchd.coherence.ladder import Step
 from watchd.coherence.round import ANYTHING, Round, Task
 from watchd.coherence.target import LayerRoot, Target
 from watchd.coherence.view import Stale

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from watchd.coherence.ladder import Tools
+from watchd.coherence.actions import Tools
 from watchd.coherence.round import Round, Task, work
 from watchd.coherence.target import Outer, Target
 from watchd.coherence.view import STRUCTURE, Stale

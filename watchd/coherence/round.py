@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from watchd.coherence.ladder import Climb, Ladder, Step, Tools
+from watchd.coherence.actions import Tools, actions_on
+from watchd.coherence.ladder import Climb, Ladder, Step
 from watchd.coherence.replace import replace
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale, View
@@ -79,7 +80,7 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class _Finding:
+class Finding:
     """What is stale before anything is done."""
 
     stale: tuple[Stale, ...] = ()
@@ -102,11 +103,14 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         return _replace_displaced(target, task, tools)
     with View(target, tools.handles) as view:
         found = _find(view, target, task, thorough=thorough)
-        methods = _methods(target, task, found, thorough=thorough)
+        methods = worth_trying(target, task, found, thorough=thorough)
         climb = Climb((), found.stale)
         if methods:
             about = {**task.suspects, **{entry.path: ANYTHING for entry in (*task.stale, *found.stale)}}
-            ladder = Ladder(view, target, tools, verify=lambda now: _verify(now, about, task), around=around)
+            ladder = Ladder(
+                actions_on(view, target, tools, around=around),
+                lambda new: _verify(view, about, task) if new is None else _verify_new(new, tools, about, task),
+            )
             climb = ladder.climb(methods, found.stale, doubted=task.must_act)
         stale = _remembering(climb.stale, task.stale)
         if thorough and stale and climb.replaced_by is None:
@@ -114,9 +118,9 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
     return _outcome(target, task, found, climb, stale), stale
 
 
-def _find(view: View, target: Target, task: Task, *, thorough: bool) -> _Finding:
+def _find(view: View, target: Target, task: Task, *, thorough: bool) -> Finding:
     if task.must_act:  # not asked where it makes no difference
-        return _Finding(_everything(view), is_news=True) if target.observe else _Finding()
+        return Finding(_everything(view), is_news=True) if target.observe else Finding()
     old = {entry.path: ANYTHING for entry in task.stale}
     known = tuple(view.stale(old, acted=True))
     new = _new(view, target, task)
@@ -130,7 +134,7 @@ def _find(view: View, target: Target, task: Task, *, thorough: bool) -> _Finding
     stale = (*(entry for entry in known if entry.path not in new), *new.values())
     if thorough and stale and not new:
         stale = view.pinned(stale)
-    return _Finding(stale, is_news=bool(new), listing_cost_ns=cost_ns)
+    return Finding(stale, is_news=bool(new), listing_cost_ns=cost_ns)
 
 
 def _new(view: View, target: Target, task: Task) -> dict[bytes, Stale]:
@@ -140,6 +144,11 @@ def _new(view: View, target: Target, task: Task) -> dict[bytes, Stale]:
         return {path: Stale(path, "replaced") for path in itertools.islice(task.suspects, 1)}
     stale = view.stale(task.suspects, acted=not acts)
     return {entry.path: entry for entry in itertools.islice(stale, STALE_COUNTED_MAX)}
+
+
+def _verify_new(target: Target, tools: Tools, suspects: Mapping[bytes, int], task: Task) -> tuple[Stale, ...]:
+    with View(target, tools.handles) as view:
+        return _verify(view, suspects, task)
 
 
 def _verify(view: View, suspects: Mapping[bytes, int], task: Task) -> tuple[Stale, ...]:
@@ -164,7 +173,7 @@ def _remembering(stale: tuple[Stale, ...], known: Sequence[Stale]) -> tuple[Stal
     )
 
 
-def _methods(target: Target, task: Task, found: _Finding, *, thorough: bool) -> tuple[str, ...]:
+def worth_trying(target: Target, task: Task, found: Finding, *, thorough: bool) -> tuple[str, ...]:
     """Which actions are worth trying."""
     if target.observe or not (found.stale or task.must_act):
         return ()
@@ -193,10 +202,10 @@ def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
         else:
             duration_ns, cost_ns = time.monotonic_ns() - started_ns, time.thread_time_ns() - started_cpu_ns
             climb = Climb((Step("replace", "coherent", 1, 0, duration_ns, cost_ns),), (), new)
-    return _outcome(target, task, _Finding((Stale(b"", "layer"),)), climb, climb.stale), climb.stale
+    return _outcome(target, task, Finding((Stale(b"", "layer"),)), climb, climb.stale), climb.stale
 
 
-def _outcome(target: Target, task: Task, found: _Finding, climb: Climb, stale: Sequence[Stale]) -> Round:
+def _outcome(target: Target, task: Task, found: Finding, climb: Climb, stale: Sequence[Stale]) -> Round:
     still = {entry.path for entry in stale}
     was = dict.fromkeys(entry.path for entry in (*found.stale, *task.stale))
     result = "failed" if climb.error else "stale" if stale else "coherent"

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from watchd import __version__
+from watchd.coherence.actions import Tools
 from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.engine import Engine
 from watchd.coherence.handles import Handles
-from watchd.coherence.ladder import Step, Tools
+from watchd.coherence.ladder import Step
 from watchd.coherence.round import Round
 from watchd.config import Loaded, load
 from watchd.config.schema import Journal as JournalDefaults
