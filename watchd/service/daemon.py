@@ -254,12 +254,14 @@ class Daemon:
         deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         try:
             async with asyncio.timeout(timeout_s):
+                await self._mounts.refresh()
+                mounts = self._select(patterns)
                 for _ in range(SYNC_ROUNDS):
-                    await self._mounts.refresh()
-                    mounts = self._select(patterns)
                     await self._verify(mounts, deadline_ns, every_layer=not patterns)
                     if all(self._engine.state(mount.overlay.device) for mount in mounts):
-                        break  # none of them was replaced or unmounted meanwhile
+                        break
+                    await self._mounts.refresh()  # one was replaced or unmounted meanwhile
+                    mounts, _ = self._mounts.select(patterns)
                 await self._journal.flush()
                 if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
                     await self._mounts.refresh()  # perhaps it was unmounted meanwhile
