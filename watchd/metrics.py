@@ -21,6 +21,7 @@ from watchd.records import Kind
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 DURATION_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+HOOK_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 LAYER_STATES = ("live", "scanning", "desynced", "failed")
 MOUNT_STATES = ("coherent", "stale", "pinned", "failed", "observed")
 
@@ -66,6 +67,12 @@ class Metrics:
             ["method"],
             registry=registry,
             buckets=DURATION_BUCKETS,
+        )
+        self._hooks = Counter(
+            "watchd_hooks", "Runs of the command that is configured in `after`.", ["mount", "result"], registry=registry
+        )
+        self._hook_duration = Histogram(
+            "watchd_hook_duration_seconds", "Time such a run took.", registry=registry, buckets=HOOK_BUCKETS
         )
         self.latency = Histogram(
             "watchd_coherence_latency_seconds",
@@ -138,14 +145,20 @@ class Metrics:
         self._actions.labels(mount, method, result).inc()
         self.action_duration.labels(method).observe(duration_s)
 
+    def hook(self, mount: str, result: str, duration_s: float) -> None:
+        """The command of a mount has ended."""
+        self._hooks.labels(mount, result).inc()
+        self._hook_duration.observe(duration_s)
+
     def verification(self, result: str) -> None:
         """A mount was verified."""
         self._verifications.labels(result).inc()
 
     def forget_mount(self, mount: str) -> None:
         """The mount is gone; its series go too."""
-        for labels in [labels for labels in self._actions._metrics if labels[0] == mount]:
-            self._actions.remove(*labels)
+        for counter in (self._actions, self._hooks):
+            for labels in [labels for labels in counter._metrics if labels[0] == mount]:
+                counter.remove(*labels)
 
     def reloaded(self, *, ok: bool, time_s: float) -> None:
         """The configuration was read."""

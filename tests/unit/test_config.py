@@ -198,6 +198,12 @@ BAD = [
     ("layers:\n- {path: /a, name: n}\n- {path: /b, name: n}", "3: layers[1].name: 'n' is given twice"),
     ("mounts: [{mode: observe}]", "1: mounts[0].match: is missing"),
     ("mounts: [{match: /a, after: reload}]", "1: mounts[0].after: expects a list, such as ['reload']"),
+    ("mounts: [{match: /a, after: ['']}]", "1: mounts[0].after[0]: '' is empty"),
+    (
+        "mounts: [{match: /a, after: [bin/x]}]",
+        "1: mounts[0].after[0]: 'bin/x' is neither the name of a program nor an absolute path",
+    ),
+    ("mounts: [{match: /a, after_timeout: 0s}]", "1: mounts[0].after_timeout: '0s' is not between 1ms and 1d"),
     (f"runtime_directory: /{'r' * 96}", "1: runtime_directory: is too long to hold a socket, at most 95 bytes"),
     ('state_directory: "/a\\0"', "1: '/a\\x00' holds a character that no name can hold"),
     ('state_directory: "/\\ud800"', "1: '/\\ud800' holds a character that no name can hold"),
@@ -272,5 +278,6 @@ def test_keys_of_list_entries_are_flattened_only_where_they_are_given(write: Wri
         "mounts[0].match": "watchd.yaml:2",
         "mounts[0].mode": "watchd.yaml:4",
         "mounts[0].after": "default",
+        "mounts[0].after_timeout": "default",
     }
     assert dict(flatten(loaded.config))["mounts[0].mode"] == "observe"

@@ -23,6 +23,8 @@ CONTRACT = {
     "watchd_mount_pinned_entries": ("gauge", {"mount"}),
     "watchd_actions": ("counter", {"mount", "method", "result"}),
     "watchd_action_duration_seconds": ("histogram", {"method"}),
+    "watchd_hooks": ("counter", {"mount", "result"}),
+    "watchd_hook_duration_seconds": ("histogram", set()),
     "watchd_coherence_latency_seconds": ("histogram", set()),
     "watchd_verifications": ("counter", {"result"}),
     "watchd_journal_last_sequence": ("gauge", set()),
@@ -73,6 +75,7 @@ def count_everything(metrics: Metrics) -> None:
     metrics.changes({("base", int(Kind.CREATE | Kind.MODIFY)): 2, ("base", int(Kind.CREATE)): 1})
     metrics.desync("base", "overflow")
     metrics.action("0:45", "invalidate", "coherent", 0.001)
+    metrics.hook("0:45", "ok", 0.2)
     metrics.latency.observe(0.002)
     metrics.verification("coherent")
     metrics.append_duration.observe(0.001)
@@ -135,10 +138,11 @@ def test_a_mount_that_is_gone_leaves_no_series_behind(metrics: Metrics, scraper:
     for mount in ("0:45", "0:46"):
         for result in ("coherent", "stale"):
             metrics.action(mount, "invalidate", result, 0.001)
+        metrics.hook(mount, "ok", 0.1)
     metrics.forget_mount("0:45")
     metrics.forget_mount("0:99")
-    left = {dict(labels)["mount"] for name, labels in scraper.samples() if name == "watchd_actions_total"}
-    assert left == {"0:46"}
+    of_mounts = [(name, dict(labels)["mount"]) for name, labels in scraper.samples() if "mount" in dict(labels)]
+    assert {*of_mounts} == {("watchd_actions_total", "0:46"), ("watchd_hooks_total", "0:46")}
 
 
 def test_a_bad_configuration_does_not_move_the_time_of_the_last_good_one(metrics: Metrics, scraper: Scraper) -> None:

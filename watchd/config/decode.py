@@ -123,6 +123,8 @@ def _check(key: str, value: Any, node: Node) -> None:
     if key.endswith("actions") and list(value) != [method for method in LADDER if method in value]:
         ordered = ", ".join(method for method in LADDER if method in value)
         raise _wrong(node, key, f"actions are tried once each and in this order: write [{ordered}]")
+    if key.endswith(".after") and value and "/" in value[0] and not value[0].startswith("/"):
+        raise _wrong(node, f"{key}[0]", f"{quoted(value[0])} is neither the name of a program nor an absolute path")
     if key == "layers" and isinstance(node.content, list):
         _check_layers(value, node.content)
 

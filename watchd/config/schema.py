@@ -69,7 +69,10 @@ class Coherence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class MountRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What differs from `coherence` for the mounts that `match`, and the command to run when one is coherent again."""
+    """What differs from `coherence` for the mounts that `match`, and the command to run when one is coherent again.
+
+    `after` is a program, by its name or its absolute path, and its arguments; `after_timeout` is when it is ended.
+    """
 
     match: str
     mode: Mode | UnsetType = UNSET
@@ -78,6 +81,7 @@ class MountRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     evict_limit: EvictLimit | UnsetType = UNSET
     orphans: Orphans | UnsetType = UNSET
     after: tuple[str, ...] = ()
+    after_timeout: Annotated[Duration, Range("1ms", "1d")] = Duration.parse("30s")
 
 
 class Journal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
