@@ -367,11 +367,27 @@ def test_config_check_says_which_files_were_read(tmp_path: Path) -> None:
     (tmp_path / "conf.d" / "x.yaml").write_text("")
     files = [f"{tmp_path}/c.yaml", f"{tmp_path}/conf.d/x.yaml"]
     assert invoke("config", "check", files[0]).stdout == f"ok: {files[0]}, {files[1]}\n"
-    assert json.loads(invoke("config", "check", "--json", "--config", files[0]).stdout) == {"ok": True, "files": files}
+    assert json.loads(invoke("config", "check", "--json", "--config", files[0]).stdout) == {
+        "ok": True,
+        "files": files,
+        "warnings": [],
+    }
     (tmp_path / "conf.d" / "x.yaml").unlink()
     (tmp_path / "c.yaml").unlink()
     (tmp_path / "conf.d").rmdir()
     assert invoke("config", "check").stdout == "ok: no file is present, the built-in defaults hold\n"
+
+
+def test_config_check_warns_of_a_program_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "mounts: [{match: /a, after: [true]}, {match: /b, after: [relaod, app]}, {match: /c, after: [/no/such]}]"
+    )
+    done = invoke("config", "check", str(tmp_path / "c.yaml"))
+    assert (done.exit_code, done.stdout) == (0, f"ok: {tmp_path}/c.yaml\n")
+    assert [line.split(" is ")[0] for line in done.stderr.splitlines()] == [
+        "warning: mounts[1].after: relaod",
+        "warning: mounts[2].after: /no/such",
+    ]
 
 
 def test_config_check_of_a_bad_file_exits_with_78(tmp_path: Path) -> None:
@@ -398,7 +414,7 @@ def test_config_dump_json_has_every_key_whatever_was_configured(tmp_path: Path) 
     dumped = json.loads(invoke("config", "dump", "--json", str(file)).stdout)
     assert set(dumped) == {key for key, _ in flatten(Config())}
     assert dumped["mounts"] == {
-        "value": [{"match": "/a", "actions": ["invalidate", "evict"], "after": []}],
+        "value": [{"match": "/a", "actions": ["invalidate", "evict"], "after": [], "after_timeout": "30s"}],
         "origin": f"{file}:2",
     }
     assert dumped["journal.max_delay"] == {"value": "10ms", "origin": "default"}

@@ -7,16 +7,19 @@ import logging
 import os
 import shlex
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from watchd.coherence.round import Round
 from watchd.coherence.target import Target
 from watchd.config.schema import Config, MountRule
 from watchd.config.units import Duration
 from watchd.metrics import Metrics
 from watchd.service import hooks as module
-from watchd.service.hooks import LINES_MAX, LINES_PER_S, Allowance, HookBook, as_lines, missing_commands
+from watchd.service.hooks import LINES_MAX, LINES_PER_S, Allowance, HookBook, as_lines
 
 PATIENCE_S = 30.0
 DEVICE = "0:45"
@@ -64,8 +67,10 @@ class Stage:
     async def let_go(self, name: str) -> None:
         await asyncio.to_thread((self.home / f"{name}.leave").write_text, "\n")
 
-    def healed(self, *paths: bytes, target: Target = MOUNT, coherent: bool = True, sequence: int = 7) -> None:
-        self.book.round(target, paths, coherent=coherent, sequence=sequence)
+    def healed(self, *paths: bytes, target: Target = MOUNT, sequence: int = 7, **more: Any) -> None:
+        """A round on the mount, as the engine tells of it."""
+        round = Round(target, (), "coherent", len(paths), 0, 0, None, healed=paths)
+        self.book.round(replace(round, **more), sequence=sequence)
 
     async def at_rest(self) -> list[str]:
         """What all runs were told, once nothing runs and nothing is to come."""
@@ -134,10 +139,10 @@ def test_a_command_that_hangs_keeps_no_other_mount_waiting(tmp_path: Path) -> No
 
 def test_no_run_while_something_is_stale_but_all_of_it_is_told_afterwards(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
-        stage.healed(b"a", coherent=True)
-        stage.healed(b"b", coherent=False)
+        stage.healed(b"a", result="coherent")
+        stage.healed(b"b", result="stale")
         assert await stage.at_rest() == []
-        stage.healed(coherent=True)
+        stage.healed(result="coherent")
         assert await stage.at_rest() == ["/srv/app 0:45 7: a b"]
 
     play(tmp_path, story)
@@ -230,10 +235,33 @@ def test_a_stop_ends_what_runs_and_begins_nothing(tmp_path: Path) -> None:
 
 def test_mounts_that_went_are_not_remembered(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
-        stage.healed(b"a", coherent=False)
+        stage.healed(b"a", result="stale")
         stage.healed(b"b", target=target("0:46"))
         stage.book.keep({"0:47"})
         assert await stage.at_rest() == ["/srv/app 0:46 7: b"]
+        assert stage.book._hooks == {}
+
+    play(tmp_path, story)
+
+
+def test_a_doubt_is_told_as_the_whole_mount_but_not_when_the_mount_is_new(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        stage.healed(doubted=True)
+        assert await stage.at_rest() == []
+        stage.healed(doubted=True)
+        assert await stage.at_rest() == ["/srv/app 0:45 7: ."]
+
+    play(tmp_path, story)
+
+
+def test_a_mount_that_was_replaced_runs_once_for_what_was_stale_before(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        stage.healed(b"early", result="stale")
+        new = target("0:99")
+        stage.healed(b"pinned", replaced_by=new)
+        stage.healed(target=new, doubted=True)
+        stage.book.keep({new.device})
+        assert await stage.at_rest() == ["/srv/app 0:99 7: early pinned"]
         assert stage.book._hooks == {}
 
     play(tmp_path, story)
@@ -273,9 +301,3 @@ def test_a_command_that_talks_on_and_on_does_not_fill_the_log(caplog: pytest.Log
         allowance.tell(DEVICE, b"again")
     assert caplog.messages[LINES_MAX] == "50 lines that `after` commands said are left out"
     assert len(caplog.messages) == LINES_MAX + 1 + LINES_PER_S
-
-
-def test_a_command_that_is_not_there_is_named_with_its_rule() -> None:
-    rules = (MountRule(match="/a", after=("true",)), MountRule(match="/b", after=("/no/such command",)))
-    [problem] = missing_commands(Config(mounts=rules))
-    assert problem.startswith("mounts[1].after: /no/such command is no program that can be run now")

@@ -15,6 +15,7 @@ import yaml
 from watchd.cli.options import config_argument, config_option, json_option
 from watchd.cli.render import echo_json, printable
 from watchd.config import Loaded, flatten, load
+from watchd.config.programs import missing_programs
 from watchd.config.units import Duration, Percentage, Size
 
 
@@ -29,11 +30,15 @@ def config() -> None:
 @config_option
 def check(file: Path | None, as_json: bool, config_file: Path | None) -> None:
     """Say whether the configuration is good, or what is wrong with it."""
-    files = [str(one) for one in load(file or config_file).files]
+    loaded = load(file or config_file)
+    files = [str(one) for one in loaded.files]
+    warnings = missing_programs(loaded.config)
     if as_json:
-        echo_json({"ok": True, "files": files})
+        echo_json({"ok": True, "files": files, "warnings": warnings})
     else:
         click.echo(printable(f"ok: {', '.join(files) or 'no file is present, the built-in defaults hold'}"))
+        for warning in warnings:
+            click.echo(printable(f"warning: {warning}"), err=True)
 
 
 @config.command("dump")

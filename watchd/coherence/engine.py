@@ -225,6 +225,12 @@ class Engine:
                 state = "observed"
             return MountState(state, mount.stale, dict(mount.actions), mount.error)
 
+    def at_rest(self, device: str) -> bool:
+        """Whether nothing remains to be done about a mount, or it is not kept."""
+        with self._condition:
+            mount = self._mounts.get(device)
+            return mount is None or (mount.rounds_done >= mount.rounds_asked and not mount.stale and not mount.error)
+
     def close(self) -> None:
         """Finish the rounds under way and end the threads."""
         with self._condition:

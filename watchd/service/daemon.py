@@ -35,6 +35,7 @@ from watchd.metrics import Metrics
 from watchd.records import Action, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.control import ControlServer
+from watchd.service.hooks import HookBook, tell_missing_programs
 from watchd.service.layers import LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
@@ -99,6 +100,12 @@ class Daemon:
         self._drop_caches = tools.drop_caches
         self._engine = Engine(self, tools)
         stack.callback(self._engine.close)
+        self._hooks = HookBook(
+            lambda mount_points: self._config.rule_for(mount_points),
+            at_rest=self._engine.at_rest,
+            metrics=self._metrics,
+        )
+        stack.push_async_callback(self._hooks.close)
         names = NameBook({name: mark.path for name, mark in self._journal.recovered.layers.items()})
         self._layers = LayerBook(
             self._journal,
@@ -116,6 +123,7 @@ class Daemon:
         self._loop.add_reader(self._mounts.fileno(), self._mounts_changed)
         stack.callback(self._loop.remove_reader, self._mounts.fileno())
         self._tell_unused()
+        tell_missing_programs(config)
         await self._mounts.refresh()
         self._control = ControlServer(
             config.runtime_directory,
@@ -184,6 +192,7 @@ class Daemon:
             await self._mounts.refresh()
         except (WatchdError, OSError) as error:  # out of descriptors, for instance: what is kept goes on being kept
             log.error("looking for mounts failed: %s", error)
+        self._hooks.keep(self._mounts.mounts)
         notify(STATUS=self._summary())
 
     async def _feed_watchdog(self) -> None:
@@ -215,6 +224,7 @@ class Daemon:
             self._metrics.latency.observe(round.latency_ns / 1e9)
         if round.result == "failed":
             log.warning("%s: %s", round.target.device, round.error)
+        self._hooks.round(round, sequence=self._layers.sequence_of(round.upto))
         if round.replaced_by is not None:
             self._look.set()
         # A counter of a mount that is no more would go with it.
@@ -319,6 +329,7 @@ class Daemon:
         self._drop_caches.interval_ns = int(loaded.config.coherence.drop_caches_interval)
         logs.set_up(loaded.config.log)
         self._tell_unused()
+        tell_missing_programs(loaded.config)
         if loaded.config.metrics != old.metrics:
             self._listen()
         await self._mounts.reconfigure(loaded.config)
@@ -357,8 +368,6 @@ class Daemon:
         actions = {*config.coherence.actions} | {a for rule in config.mounts if rule.actions for a in rule.actions}
         for action in sorted(actions - {"invalidate"}):
             log.warning("coherence: the action %s is not part of this version and is left out", action)
-        if any(rule.after for rule in config.mounts):
-            log.warning("mounts: `after` is not part of this version and is left out")
         if any(
             getattr(config.journal, key) != getattr(JournalDefaults(), key) for key in ("retain_size", "retain_age")
         ):

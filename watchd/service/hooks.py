@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -22,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from watchd.coherence.round import Round
 from watchd.coherence.target import Target
+from watchd.config.programs import PATH, missing_programs
 from watchd.config.schema import Config, MountRule
 from watchd.config.tree import shown
 from watchd.metrics import Metrics
@@ -46,8 +47,6 @@ LINES_MAX = 100
 LINES_PER_S = 10
 """What all commands may say: so many lines at once, and after that so many in a second; the rest is counted."""
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
 
 @dataclass(eq=False)
 class _Hook:
@@ -60,6 +59,8 @@ class _Hook:
     sequence: int = 0
     since_s: float = 0.0
     """When the first of the paths was healed."""
+    gone: bool = False
+    """The mount is not kept any more, so there are no series of it either."""
     timer: asyncio.TimerHandle | None = None
     run: asyncio.Task[None] | None = None
 
@@ -86,31 +87,48 @@ class HookBook:
         self._rule_of, self._at_rest, self._metrics = rule_of, at_rest, metrics
         self._hooks: dict[str, _Hook] = {}
         """Of mounts that have something to be told or whose command runs."""
+        self._seen: set[str] = set()
+        """Mounts of which a round was told before."""
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(AT_ONCE_MAX, thread_name_prefix="hook")
         self._allowance = Allowance()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closed = False
 
-    def round(self, target: Target, healed: Collection[bytes], *, coherent: bool, sequence: int) -> None:
-        """A round on a mount ended: these paths are right now that were stale before (b"" for all of the mount), as far as the
-        journal's record `sequence` tells."""
-        hook = self._hooks.get(target.device)
+    def round(self, round: Round, *, sequence: int) -> None:
+        """A round ended, which covers the journal up to `sequence`."""
+        healed = self._healed(round)
+        hook = self._hooks.get(round.target.device)
         if hook is None:
-            if self._closed or target.observe or not healed or not self._command_of(target):
+            if not healed or self._closed or self._rule_for(round.target) is None:
                 return
-            hook = self._hooks[target.device] = _Hook(target)
-        hook.target, hook.coherent = target, coherent
+            hook = self._hooks[round.target.device] = _Hook(round.target)
+        hook.target, hook.coherent = round.target, round.result == "coherent"
         if healed:
             hook.since_s = hook.since_s if hook.paths else self._loop.time()
             hook.gather(healed)
             hook.sequence = max(hook.sequence, sequence)
+        if round.replaced_by is not None:
+            del self._hooks[hook.target.device]
+            hook.target = round.replaced_by
+            self._hooks[hook.target.device] = hook
         self._wait_for_rest(hook)
 
+    def _healed(self, round: Round) -> Collection[bytes]:
+        device = round.target.device
+        is_first = device not in self._seen
+        self._seen.add(device)
+        if round.target.observe:
+            return ()
+        # When a mount is first seen it is invalidated, which is no sign that anything changed.
+        return (b"",) if round.doubted and not is_first else round.healed
+
     def keep(self, devices: Collection[str]) -> None:
-        """Forget what never will be coherent: only these mounts are there still."""
+        """Forget what is over: only these mounts are there still."""
+        self._seen &= {*devices}
         for device, hook in list(self._hooks.items()):
-            if device not in devices and not (hook.coherent or hook.run):
+            hook.gone = device not in devices
+            if hook.gone and not (hook.coherent or hook.run):
                 del self._hooks[device]
 
     @property
@@ -128,7 +146,8 @@ class HookBook:
         self._threads.shutdown()
         os.close(self._stop)
 
-    def _command_of(self, target: Target) -> MountRule | None:
+    def _rule_for(self, target: Target) -> MountRule | None:
+        """The rule by which a command is to be run, if there is one."""
         rule = self._rule_of(target.mount_points)
         return rule if rule and rule.after else None
 
@@ -161,7 +180,7 @@ class HookBook:
             self._wait_for_rest(hook)
 
     def _begin(self, hook: _Hook) -> None:
-        rule = self._command_of(hook.target)
+        rule = self._rule_for(hook.target)
         paths, hook.paths = hook.paths, set()
         if rule is None or hook.target.observe:  # configured otherwise meanwhile
             self._hooks.pop(hook.target.device, None)
@@ -180,19 +199,15 @@ class HookBook:
             tell=partial(self._allowance.tell, target.device),
         )
         try:
-            self._tell(target, rule, await self._loop.run_in_executor(self._threads, work), len(paths))
+            ended = await self._loop.run_in_executor(self._threads, work)
+            if not hook.gone:
+                self._metrics.hook(hook.target.device, ended.result, ended.duration_s)
+            _tell(target, rule, ended, len(paths))
         except OSError as error:  # no descriptors or no memory for it
             log.error("%s: `after` could not be run: %s", target.device, error)
         finally:
             hook.run = None
             self._wait_for_rest(hook)
-
-    def _tell(self, target: Target, rule: MountRule, ended: Ended, paths: int) -> None:
-        self._metrics.hook(target.device, ended.result, ended.duration_s)
-        level = logging.INFO if ended.result == "ok" else logging.WARNING
-        how = _ENDINGS[ended.result].format(ended.status, rule.after_timeout)
-        words = "%s: `after` %s for %d paths %s, after %.3f s"
-        log.log(level, words, target.device, shown(rule.after[0]), paths, how, ended.duration_s)
 
 
 _ENDINGS = {
@@ -201,6 +216,13 @@ _ENDINGS = {
     "timeout": "was ended at its deadline of {1}",
     "stopped": "was ended with the daemon",
 }
+
+
+def _tell(target: Target, rule: MountRule, ended: Ended, paths: int) -> None:
+    level = logging.INFO if ended.result == "ok" else logging.WARNING
+    how = _ENDINGS[ended.result].format(ended.status, rule.after_timeout)
+    words = "%s: `after` %s for %d paths %s, after %.3f s"
+    log.log(level, words, target.device, shown(rule.after[0]), paths, how, ended.duration_s)
 
 
 class Allowance:
@@ -247,20 +269,11 @@ def _environment(target: Target, sequence: int) -> dict[bytes, bytes]:
     }
 
 
-def missing_commands(config: Config) -> list[str]:
-    """A sentence for each command that is not there, as far as can be seen now; looks at the filesystems they lie on."""
-    return [
-        f"mounts[{index}].after: {shown(rule.after[0])} is no program that can be run now; install it or correct its name"
-        for index, rule in enumerate(config.mounts)
-        if rule.after and shutil.which(rule.after[0], path=PATH) is None
-    ]
-
-
-def tell_missing_commands(config: Config) -> None:
-    """Log `missing_commands` soon, whatever time it takes to find out."""
+def tell_missing_programs(config: Config) -> None:
+    """Log `missing_programs` soon, whatever time it takes to find out."""
 
     def tell() -> None:
-        for problem in missing_commands(config):
+        for problem in missing_programs(config):
             log.warning("%s", problem)
 
     if any(rule.after for rule in config.mounts):
