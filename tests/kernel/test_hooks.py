@@ -48,6 +48,12 @@ def low(sandbox: Sandbox) -> bytes:
     return low
 
 
+def started(daemon: Daemon) -> None:
+    """Every mount is invalidated once at the start; what is cached from here on stays so."""
+    daemon.start()
+    daemon.sync()
+
+
 def heal(merged: bytes, low: bytes, daemon: Daemon) -> None:
     """Have `file` go stale, and healed."""
     look_at(merged)
@@ -68,7 +74,7 @@ def test_a_thousand_healed_names_are_one_run_that_gets_them_all(
         write(low + b"/" + name, b"old")
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.configure(mounts=[hook.rule(merged)])
-    daemon.start()
+    started(daemon)
     for name in names:
         os.stat(merged + b"/" + name)
     daemon.pause()
@@ -87,7 +93,7 @@ def test_a_thousand_healed_names_are_one_run_that_gets_them_all(
 def test_creations_that_nobody_missed_run_nothing(sandbox: Sandbox, daemon: Daemon, hook: Hook, low: bytes) -> None:
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.configure(mounts=[hook.rule(merged)])
-    daemon.start()
+    started(daemon)
     for number in range(100):
         write(low + b"/unheard-of-%d" % number, b"")
     assert daemon.sync() == []
@@ -102,7 +108,7 @@ def test_a_hook_that_hangs_keeps_neither_status_nor_other_mounts_waiting(
     other = sandbox.overlay(b"other", b"low", upper=b"up2")
     never_read = Hook(Path(os.fsdecode(sandbox.root)), "never-read")
     daemon.configure(mounts=[never_read.rule(hanging, after_timeout="1d"), hook.rule(other)])
-    daemon.start()
+    started(daemon)
     heal(hanging, low, daemon)
     for _ in range(3):
         heal(other, low, daemon)
@@ -116,7 +122,7 @@ def test_at_the_deadline_the_command_and_its_children_end(
 ) -> None:
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.configure(mounts=[hook.rule(merged, "sleep 1000; :", after_timeout="500ms")])
-    daemon.start()
+    started(daemon)
     heal(merged, low, daemon)
     hook.told()
     while "was ended at its deadline of 500ms" not in daemon.errors():
@@ -133,7 +139,7 @@ def test_who_only_observes_runs_nothing(
 ) -> None:
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.configure(mounts=[{**hook.rule(merged), **settings}])
-    daemon.start()
+    started(daemon)
     look_at(merged)
     replace(low + b"/file", b"new")
     assert [one["state"] for one in daemon.sync()] == ["stale"]
@@ -151,7 +157,7 @@ def test_what_is_pinned_is_told_when_it_is_let_go(sandbox: Sandbox, daemon: Daem
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.configure(mounts=[hook.rule(merged)])
     write(low + b"/second", b"old")
-    daemon.start()
+    started(daemon)
     with held(merged + b"/file"):
         os.stat(merged + b"/second")
         replace(low + b"/file", b"new")
@@ -167,7 +173,7 @@ def test_a_changed_rule_holds_after_a_reload_and_a_missing_program_is_said(
 ) -> None:
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.configure(mounts=[{"match": os.fsdecode(merged), "after": ["/no/such/program"]}])
-    daemon.start()
+    started(daemon)
     while "mounts[0].after: /no/such/program is no program" not in daemon.errors():
         os.sched_yield()
     heal(merged, low, daemon)
@@ -184,7 +190,7 @@ def test_a_command_may_ask_the_daemon_that_runs_it(sandbox: Sandbox, daemon: Dae
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     sync = f"PYTHONPATH={REPOSITORY} {sys.executable} -m watchd sync --config {daemon.config}; echo $? >{hook.fifo}"
     daemon.configure(mounts=[hook.rule(merged, sync)])
-    daemon.start()
+    started(daemon)
     heal(merged, low, daemon)
     assert hook.told()[1] == ["file"]
     assert hook.told()[1] == ["0"]
@@ -199,7 +205,7 @@ def test_a_command_on_a_dead_filesystem_keeps_nobody_waiting(
     unheard = {"match": os.fsdecode(hanging), "after": [os.fsdecode(dead + b"/command")], "after_timeout": "500ms"}
     daemon.configure(mounts=[unheard, hook.rule(other)])
     with dead_filesystem(dead):
-        daemon.start()
+        started(daemon)
         for merged in (hanging, other):
             look_at(merged)
         heal(hanging, low, daemon)
