@@ -161,8 +161,9 @@ def test_who_ignores_sigterm_is_killed(stage: Stage, monkeypatch: pytest.MonkeyP
 
 
 def test_a_child_that_ignores_sigterm_does_not_outlive_it(stage: Stage) -> None:
-    stage.shell_until_ready("(trap '' TERM; echo ready; while :; do sleep 1000; done) & echo $!; wait")
-    wait_until_gone(int(next(line for line in stage.said if line != b"ready")))
+    child = 'sh -c "trap : TERM; echo \\$\\$; echo ready; while :; do sleep 1000; done"'
+    stage.shell_until_ready(f"{child} & wait")
+    wait_until_gone(int(stage.said[0]))
 
 
 def test_what_goes_on_in_the_background_is_neither_waited_for_nor_ended(stage: Stage) -> None:

@@ -40,6 +40,7 @@ from watchd.service.layers import LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
+from watchd.service.stalelog import StaleLog
 from watchd.service.status import mounts_status, snapshot, state_of, status
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class Daemon:
         self._drop_caches = tools.drop_caches
         self._engine = Engine(self, tools)
         stack.callback(self._engine.close)
+        self._stale_log = StaleLog(self._engine.state)
+        stack.callback(self._stale_log.close)
         self._hooks = HookBook(
             lambda mount_points: self._config.rule_for(mount_points),
             at_rest=self._engine.at_rest,
@@ -193,6 +196,7 @@ class Daemon:
         except (WatchdError, OSError) as error:  # out of descriptors, for instance: what is kept goes on being kept
             log.error("looking for mounts failed: %s", error)
         self._hooks.keep(self._mounts.mounts)
+        self._stale_log.keep(self._mounts.mounts)
         notify(STATUS=self._summary())
 
     async def _feed_watchdog(self) -> None:
@@ -224,6 +228,7 @@ class Daemon:
             self._metrics.latency.observe(round.latency_ns / 1e9)
         if round.result == "failed":
             log.warning("%s: %s", round.target.device, round.error)
+        self._stale_log.round(round.target.device, stale=round.stale_after)
         self._hooks.round(round, sequence=self._layers.sequence_of(round.upto))
         if round.replaced_by is not None:
             self._look.set()
@@ -233,9 +238,6 @@ class Daemon:
             self._metrics.action(device, step.method, step.result, step.duration_ns / 1e9)
         if round.steps:
             self._journal.append([self._action(round, step) for step in round.steps])
-        if round.steps and round.stale_after:
-            methods = ", ".join(step.method for step in round.steps)
-            log.warning("%s: %d names stay stale after %s", round.target.device, round.stale_after, methods)
 
     def _action(self, round: Round, step: Step) -> Action:
         return Action(
