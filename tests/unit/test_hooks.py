@@ -267,6 +267,19 @@ def test_a_mount_that_was_replaced_runs_once_for_what_was_stale_before(tmp_path:
     play(tmp_path, story)
 
 
+def test_a_successor_that_was_heard_of_before_gets_what_is_to_be_told(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        new = target("0:99")
+        stage.healed(b"early", result="stale")
+        stage.healed(target=new, doubted=True)
+        stage.healed(b"of the new one", target=new)
+        stage.healed(b"pinned", replaced_by=new)
+        assert await stage.at_rest() == ["/srv/app 0:99 7: early of the new one pinned"]
+        assert stage.book._hooks == {}
+
+    play(tmp_path, story)
+
+
 def test_more_paths_than_can_be_kept_are_told_as_the_whole_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ class HookBook:
         self._seen: set[str] = set()
         """Mounts of which a round was told before."""
         self._loop = asyncio.get_running_loop()
+        self._runs: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(AT_ONCE_MAX, thread_name_prefix="hook")
         self._allowance = Allowance()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -109,10 +110,20 @@ class HookBook:
             hook.gather(healed)
             hook.sequence = max(hook.sequence, sequence)
         if round.replaced_by is not None:
-            del self._hooks[hook.target.device]
-            hook.target = round.replaced_by
-            self._hooks[hook.target.device] = hook
+            hook = self._hand_over(hook, round.replaced_by)
         self._wait_for_rest(hook)
+
+    def _hand_over(self, hook: _Hook, heir: Target) -> _Hook:
+        """Another mount stands in the place of one; it may have been heard of already."""
+        del self._hooks[hook.target.device]
+        if (known := self._hooks.get(heir.device)) is None:
+            hook.target = heir
+            return self._hooks.setdefault(heir.device, hook)
+        self._cancel_timer(hook)
+        known.gather(hook.paths)
+        known.sequence = max(known.sequence, hook.sequence)
+        hook.paths = set()
+        return known
 
     def _healed(self, round: Round) -> Collection[bytes]:
         device = round.target.device
@@ -142,7 +153,7 @@ class HookBook:
         os.eventfd_write(self._stop, 1)
         for hook in self._hooks.values():
             self._cancel_timer(hook)
-        await asyncio.gather(*(hook.run for hook in self._hooks.values() if hook.run))
+        await asyncio.gather(*self._runs)
         self._threads.shutdown()
         os.close(self._stop)
 
@@ -186,6 +197,8 @@ class HookBook:
             self._hooks.pop(hook.target.device, None)
             return
         hook.run = asyncio.create_task(self._run(hook, rule, paths))
+        self._runs.add(hook.run)
+        hook.run.add_done_callback(self._runs.discard)
 
     async def _run(self, hook: _Hook, rule: MountRule, paths: Collection[bytes]) -> None:
         target = hook.target
