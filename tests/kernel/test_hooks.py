@@ -159,10 +159,11 @@ def test_what_is_pinned_is_told_when_it_is_let_go(sandbox: Sandbox, daemon: Daem
     write(low + b"/second", b"old")
     started(daemon)
     with held(merged + b"/file"):
-        os.stat(merged + b"/second")
         replace(low + b"/file", b"new")
-        replace(low + b"/second", b"new")
         assert [one["state"] for one in daemon.sync()] == ["pinned"]
+        os.stat(merged + b"/second")
+        replace(low + b"/second", b"new")
+        assert [entry["path"] for one in daemon.sync() for entry in one["stale"]] == ["file"]
         assert "`after`" not in daemon.errors()
     assert daemon.sync() == []
     assert hook.told()[1] == ["file", "second"]
