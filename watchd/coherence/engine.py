@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -379,7 +379,10 @@ class Engine:
 
     def _succeed(self, mount: _Mount, target: Target) -> None:
         """Another mount stands in its place; whoever keeps the books finds it there."""
-        self._inherited[target.device] = mount.actions
+        if heir := self._mounts.get(target.device):  # found already
+            heir.actions = dict(Counter(heir.actions) + Counter(mount.actions))
+        else:
+            self._inherited[target.device] = mount.actions
         mount.removed = True
         if self._mounts.get(mount.target.device) is mount:
             del self._mounts[mount.target.device]
