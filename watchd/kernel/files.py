@@ -1,4 +1,4 @@
-"""Looking at files: openat2(2), file handles, access checks as another user.
+"""Looking at files: openat2(2), file handles, access checks as another user; and renaming them without replacing any.
 
 Facts
 * openat2 with RESOLVE_CACHED (5.12) answers from the dentry cache alone: EAGAIN means that a component of the path is not
@@ -38,6 +38,9 @@ CONFINED = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOL
 
 O_PATH_NOFOLLOW = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
+RENAME_NOREPLACE = 0x1
+RENAME_EXCHANGE = 0x2
+
 AT_HANDLE_FID = 0x200
 MAX_HANDLE_SZ = 128
 _PATH_MAX = 4096
@@ -49,6 +52,7 @@ _name_to_handle_at = function(
     "name_to_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int
 )
 _open_by_handle_at = function("open_by_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_renameat2 = function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _SETFSUID, _SETFSGID = {"x86_64": (122, 123), "aarch64": (151, 152)}.get(platform.machine(), (151, 152))
 _setfsuid = system_call(_SETFSUID, "setfsuid", ctypes.c_uint)
 _setfsgid = system_call(_SETFSGID, "setfsgid", ctypes.c_uint)
@@ -106,6 +110,11 @@ def faccessat2(dirfd: int, path: bytes, *, mode: int, flags: int) -> bool:
             raise
         return False
     return True
+
+
+def renameat2(old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, *, flags: int = RENAME_NOREPLACE) -> None:
+    """renameat2(2). Raises OSError (EEXIST: the new name is taken)."""
+    _renameat2(old_dirfd, old, new_dirfd, new, flags)
 
 
 class _HandleBuffer(threading.local):

@@ -6,6 +6,7 @@ Facts
   is a mount of its own; but the superblock stays busy, so clones are held only for as long as one piece of work takes.
 * `..` from a directory that is not below the clone's root fails with ENOENT (fs/namei.c, path_connected).
 * fspick with FSPICK_EMPTY_PATH works on such a clone, whatever directory it is rooted at.
+* mount_setattr works on a detached clone: it changes the flags of this mount and of no other.
 * A failed fsconfig leaves its reason, in the kernel's own words, to be read from the context descriptor.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import struct
 
 from watchd.kernel.libc import AT_EMPTY_PATH, system_call
 
@@ -32,11 +34,18 @@ FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
 FSCONFIG_CMD_RECONFIGURE = 7
 
+MOUNT_ATTR_RDONLY = 0x1
+
 _open_tree = system_call(428, "open_tree", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _fsopen = system_call(430, "fsopen", ctypes.c_char_p, ctypes.c_uint)
 _fsconfig = system_call(431, "fsconfig", ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
 _fsmount = system_call(432, "fsmount", ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
 _fspick = system_call(433, "fspick", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+_mount_setattr = system_call(
+    442, "mount_setattr", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t
+)
+_mount_attr = struct.Struct("=QQQQ")
 
 
 def open_tree_clone(dirfd: int, path: bytes = b"") -> int:
@@ -68,6 +77,12 @@ def fsconfig(context: int, command: int, key: bytes | None = None, value: bytes 
 def fsmount(context: int) -> int:
     """The mount of a created context, detached; returns an owned descriptor (O_PATH)."""
     return _fsmount(context, FSMOUNT_CLOEXEC, 0)
+
+
+def mount_setattr(mount: int, *, attr_set: int = 0, attr_clr: int = 0) -> None:
+    """mount_setattr(2) of the mount whose root the descriptor is. Raises OSError (EPERM: the flag is locked)."""
+    attributes = _mount_attr.pack(attr_set, attr_clr, 0, 0)
+    _mount_setattr(mount, b"", AT_EMPTY_PATH, attributes, len(attributes))
 
 
 def _messages(context: int) -> str:
