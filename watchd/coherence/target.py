@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from watchd.overlay.model import Overlay, ResolvedStack
+from watchd.overlay.upper import Upper
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,7 @@ class Target:
     overlay: Overlay | None = field(default=None, repr=False, compare=False)
     stack: ResolvedStack | None = field(default=None, repr=False, compare=False)
     """What it was built from; None in tests only."""
+    open_upper: Callable[[], Upper] | None = field(default=None, repr=False, compare=False)
+    """The upper and its workdir, writable. Raises LayerError. None without an upper."""
     budget: float = 0.1
     """Share of the time that may go into invalidating this mount."""

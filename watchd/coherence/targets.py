@@ -12,6 +12,7 @@ from watchd.errors import MountError
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.overlay.access import clone_directory, clone_mount
 from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedStack
+from watchd.overlay.upper import open_upper
 
 CACHE_TELLS = frozenset(
     {
@@ -71,17 +72,18 @@ def build_target(
         userxattr="userxattr" in overlay.options,
         # Shown as on wherever there is no upper, where nothing can be renamed.
         renames_directories=overlay.upperdir is not None
-        and overlay.options.get("redirect_dir", _default("redirect_dir")) in ("on", "Y"),
+        and overlay.options.get("redirect_dir", default_option("redirect_dir")) in ("on", "Y"),
         observe=observe,
         actions=actions,
         evict_limit_bytes=evict_limit_bytes,
         overlay=overlay,
         stack=stack,
+        open_upper=None if stack.upper is None else functools.partial(open_upper, overlay, stack, courier),
         budget=budget,
     )
 
 
-def _default(option: str) -> str:
+def default_option(option: str) -> str:
     """The module's default, which mountinfo does not show; "" if it cannot be read."""
     try:
         return Path("/sys/module/overlay/parameters", option).read_text(encoding="ascii").strip()

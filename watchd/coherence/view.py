@@ -75,7 +75,8 @@ class View:
 
     def __init__(self, target: Target, handles: Handles) -> None:
         """Raises MountError."""
-        self._target, self._handles = target, handles
+        self.target = self._target = target
+        self._handles = handles
         self._borrowed: list[LayerRoot] = []
         self._union: Union | None = None
         self.merged = target.open()
@@ -129,6 +130,16 @@ class View:
             return 0
         try:
             return os.stat(descriptor).st_ino
+        finally:
+            os.close(descriptor)
+
+    def cached_mode(self, path: bytes) -> int | None:
+        """st_mode of the object that the merged mount has cached under this name; None if it has none. Raises OSError."""
+        descriptor = self._cached(path)
+        if descriptor < 0:
+            return None
+        try:
+            return os.stat(descriptor).st_mode
         finally:
             os.close(descriptor)
 
