@@ -21,8 +21,9 @@ import pytest
 
 from tests.conftest import Require
 from tests.kernel.accidents import replace as swap
-from tests.kernel.accidents import write
+from tests.kernel.accidents import NOT_UTF8, write
 from tests.kernel.images import WRITABLE, Images, has_tools_for
+from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_BIND, MS_RDONLY, MS_REMOUNT, Sandbox, mount
 from watchd.coherence import husk, standin
 from watchd.coherence.evict import evict, tidy
@@ -293,6 +294,17 @@ def test_a_symlink_is_replaced(on_filesystem: Mounted) -> None:
     assert os.readlink(m.merged + b"/d/link") == b"elsewhere"
     assert os.readlink(b"", dir_fd=descriptor) == b"nowhere"
     os.close(descriptor)
+    assert m.upper() == before
+
+
+def test_a_name_that_is_not_utf8(m: Mounted) -> None:
+    name = m.low + b"/d/" + NOT_UTF8
+    write(name, b"old")
+    before = m.upper()
+    with held(m.merged + b"/d/" + NOT_UTF8):
+        swap(name, b"new")
+        assert m.evict(b"d/" + NOT_UTF8) == {}
+        assert read(m.merged + b"/d/" + NOT_UTF8) == b"new"
     assert m.upper() == before
 
 
@@ -1060,3 +1072,35 @@ def test_a_watch_that_remembers_the_upper_directory_keeps_it(m: Mounted) -> None
     os.close(watch)
     assert m.tidy() == {}
     assert m.upper() == before
+
+
+# ---- by the daemon --------------------------------------------------------------------------------------------------
+
+
+def test_the_daemon_heals_a_library_that_is_mapped_and_nobody_who_reads_it_notices(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    page = mmap.PAGESIZE
+    low = sandbox.directory(b"low")
+    os.mkdir(low + b"/lib")
+    write(low + b"/lib/c.so", b"a" * page)
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.configure(coherence={"actions": ["invalidate", "evict"]})
+    daemon.start()
+    with held(merged + b"/lib/c.so") as descriptor:
+        mapping = mmap.mmap(descriptor, page, prot=mmap.PROT_READ)
+    readers = Readers(merged + b"/lib/c.so", size=page)
+    for letter in b"bcd":
+        swap(low + b"/lib/c.so", bytes([letter]) * page)
+        while daemon.verb("sync", merged).returncode != 0:
+            os.sched_yield()
+        assert subprocess.run(["cat", merged + b"/lib/c.so"], capture_output=True, check=True).stdout[:1] == bytes(
+            [letter]
+        )
+    reads, errors, torn = readers.end()
+    assert reads > 0
+    assert (errors, torn) == (0, 0)
+    assert mapping[:page] == b"a" * page
+    mapping.close()
+    changed = {record["path"] for record in daemon.log() if record["type"] == "change"}
+    assert changed <= {"lib/c.so", "lib/c.so.tmp", "lib"}, "its own doing is no change"
