@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Require
-from tests.kernel.accidents import replace as swap
 from tests.kernel.accidents import NOT_UTF8, write
+from tests.kernel.accidents import replace as swap
 from tests.kernel.images import WRITABLE, Images, has_tools_for
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_BIND, MS_RDONLY, MS_REMOUNT, Sandbox, mount
