@@ -84,6 +84,7 @@ class _Mount:
     recheck_ns: int = RECHECK_FIRST_NS
     recheck_at_ns: int = _NEVER
     recheck_due: bool = False
+    untidy: bool = False
     stale_since_ns: int = 0
     stale: tuple[Stale, ...] = ()
     error: str = ""
@@ -193,9 +194,9 @@ class Engine:
             waiting = []
             for device in devices:
                 if mount := self._mounts.get(device):
-                    mount.recheck_due |= bool(mount.stale)
+                    mount.recheck_due |= bool(mount.stale) or mount.untidy
                     mount.listings_at_ns = 0
-                    if mount.stale or mount.error or mount.listings:
+                    if mount.stale or mount.error or mount.listings or mount.untidy:
                         self._ask(mount)
                     waiting.append((mount, mount.rounds_asked))
             while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
@@ -339,6 +340,7 @@ class Engine:
             displaced=mount.displaced,
             stale_for_ns=now - mount.stale_since_ns if mount.stale else 0,
             recheck=thorough and mount.recheck_due,
+            untidy=thorough and mount.recheck_due and mount.untidy,
         )
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy = False, True
@@ -355,6 +357,7 @@ class Engine:
         mount.rounds_done = task.asked
         mount.stale_since_ns = mount.stale_since_ns if mount.stale else self._clock()
         mount.stale, mount.error = stale, round.error
+        mount.untidy = round.untidy or (mount.untidy and not task.untidy)
         self._charge(mount, task, round)
         if round.replaced_by is not None:
             self._succeed(mount, round.replaced_by)
@@ -388,8 +391,8 @@ class Engine:
             del self._mounts[mount.target.device]
 
     def _come_back(self, mount: _Mount) -> None:
-        """Look again at what is stale, at a time that other rounds until then do not put off, and at listings."""
-        if not (mount.stale or mount.error):
+        """Look again at what is stale or untidy, at a time that other rounds until then do not put off, and at listings."""
+        if not (mount.stale or mount.error or mount.untidy):
             mount.recheck_ns, mount.recheck_at_ns = RECHECK_FIRST_NS, _NEVER
         elif mount.recheck_at_ns == _NEVER:
             mount.recheck_at_ns = self._clock() + mount.recheck_ns

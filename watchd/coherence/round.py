@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from watchd.coherence.actions import Tools, actions_on
+from watchd.coherence.evict import tidy
 from watchd.coherence.ladder import Climb, Ladder, Step
 from watchd.coherence.replace import replace
 from watchd.coherence.target import Target
@@ -47,6 +48,8 @@ class Task:
     stale_for_ns: int = 0
     recheck: bool = False
     """It is time to see whether what was left stale can be healed by now."""
+    untidy: bool = False
+    """Something that evicting needed is still in the upper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Round:
     replaced_by: Target | None = None
     listing_cost_ns: int = 0
     """CPU time of comparing listings."""
+    untidy: bool = False
+    """Something that evicting needed has to stay in the upper for now."""
 
     @property
     def cost_ns(self) -> int:
@@ -112,10 +117,11 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
                 lambda new: _verify(view, about, task) if new is None else _verify_new(new, tools, about, task),
             )
             climb = ladder.climb(methods, found.stale, doubted=task.must_act)
-        stale = _remembering(climb.stale, task.stale)
-        if thorough and stale and climb.replaced_by is None:
-            stale = view.pinned(stale)
-    return _outcome(target, task, found, climb, stale), stale
+        stale, untidy = _remembering(climb.stale, task.stale), False
+        if thorough and climb.replaced_by is None:
+            stale = view.pinned(stale) if stale else ()
+            untidy = _tidy(view, target, task, climb)
+    return _outcome(target, task, found, climb, stale, untidy=untidy), stale
 
 
 def _find(view: View, target: Target, task: Task, *, thorough: bool) -> Finding:
@@ -189,6 +195,17 @@ def worth_trying(target: Target, task: Task, found: Finding, *, thorough: bool) 
     return tuple(method for method in target.actions if method not in left_out)
 
 
+def _tidy(view: View, target: Target, task: Task, climb: Climb) -> bool:
+    """Take away what evicting left in the upper, also in an earlier life; returns whether some of it has to stay."""
+    evicted = any(step.method == "evict" for step in climb.steps)
+    if target.observe or "evict" not in target.actions or not (evicted or task.untidy or task.must_act):
+        return False
+    try:
+        return bool(tidy(view))
+    except RefusedError:  # another watchd is at it
+        return True
+
+
 def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
     """The overlay goes on with layers that nobody can get at by path any more: only a new mount helps."""
     reason = task.displaced
@@ -205,7 +222,9 @@ def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
     return _outcome(target, task, Finding((Stale(b"", "layer"),)), climb, climb.stale), climb.stale
 
 
-def _outcome(target: Target, task: Task, found: Finding, climb: Climb, stale: Sequence[Stale]) -> Round:
+def _outcome(
+    target: Target, task: Task, found: Finding, climb: Climb, stale: Sequence[Stale], *, untidy: bool = False
+) -> Round:
     still = {entry.path for entry in stale}
     was = dict.fromkeys(entry.path for entry in (*found.stale, *task.stale))
     result = "failed" if climb.error else "stale" if stale else "coherent"
@@ -222,4 +241,5 @@ def _outcome(target: Target, task: Task, found: Finding, climb: Climb, stale: Se
         doubted=task.must_act and not target.observe,
         replaced_by=climb.replaced_by,
         listing_cost_ns=found.listing_cost_ns,
+        untidy=untidy,
     )
