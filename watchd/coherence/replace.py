@@ -1,12 +1,302 @@
-"""Not there yet."""
+"""Build an overlay anew and put it in the place of the old one.
+
+This heals what no invalidation can: a layer whose root directory was replaced (an image swapped, a tree recreated), and
+everything that is pinned. The layers are what their paths lead to now.
+
+What it means for those who use the mount
+* Every lookup sees the old mount or the new one, never none. Files that are open, mapped programs and working directories stay
+  in the old one, which lives on detached until the last of them is closed: they see what they saw. A relative path from
+  a working directory in there still leads into the old one.
+* A copy-up under way finishes in the old one, with a work directory of its own (see `watchd.overlay.build`), and lands in the
+  upper directory, where the new one finds it. The kernel logs that the upper directory is in use; with `index=on` it refuses.
+* inotify and fanotify marks stay on the old mount's objects and hear no more of what happens through the new one. Locks and
+  leases taken through the old one are not seen through the new one.
+* An overlay whose lower lies in this one keeps the old one, and then needs to be replaced itself.
+* An overlay cannot be frozen (FIFREEZE: EOPNOTSUPP), so there is no frozen state to lose.
+
+Refused, because it would harm or cannot be: a mount that is the root directory of a process or of a namespace; one that is
+locked or covered; `volatile`, which must not be mounted twice; `index=on`; a layer that is not there; a mount point in a
+namespace that cannot be entered. What can be foreseen is refused before anything is done, the rest is taken back.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import msgspec
+
 from watchd.coherence.target import Target
-from watchd.errors import RefusedError
-from watchd.kernel.namespaces import Courier
+from watchd.coherence.targets import build_target, cache_tells, layers_of
+from watchd.errors import DeadlineError, MountError, RefusedError, WatchdError
+from watchd.kernel.libc import AT_FDCWD
+from watchd.kernel.mounts import has_move_mount_beneath
+from watchd.kernel.namespaces import Courier, mount_namespace
+from watchd.kernel.statx import shown_mount_id
+from watchd.overlay.access import in_view, reason_of
+from watchd.overlay.build import Made, clear_workdir, make, recipe, step_back
+from watchd.overlay.capture import Capture, Place, attribute_flags, capture, read_mounts
+from watchd.overlay.discovery import find_namespaces, read_overlays
+from watchd.overlay.layers import look_up, resolve
+from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name
+from watchd.overlay.swap import Kept, assemble, keep, restore_parent, swap, swap_without_beneath
+from watchd.wire.mountinfo import MountInfo
+
+T = TypeVar("T")
+
+_OVERLAYFS_SUPER_MAGIC = 0x794C7630
 
 
 def replace(target: Target, courier: Courier) -> Target:
-    """Refuses everything."""
-    raise RefusedError("not part of this version")
+    """A new mount of the same layers and options in the place of the target's, wherever that is mounted.
+
+    Returns the target for the new one. Raises RefusedError with the reason if it was left as it was, MountError if it is not
+    mounted any more or could not be put back. Waits for the layers' filesystems.
+    """
+    mounts = read_mounts()
+    captured = capture(target.device, mounts)
+    if captured is None:
+        raise MountError(f"the overlay {target.device} is not mounted any more")
+    _refuse_what_harms(captured, mounts)
+    stack = _layers_now(target, captured, courier)
+    what, view = recipe(captured, stack), layers_of(stack)[0].view
+    with contextlib.ExitStack() as kept:
+        places = _reachable(captured, courier, kept)
+        made = _errand(courier, view, lambda: make(what), discard=lambda made: os.close(made.mount))
+        try:
+            device = device_name(os.fstat(made.mount).st_dev)
+            _put_in_place(places, made, courier)
+        except BaseException:
+            os.close(made.mount)
+            _quietly(courier, view, lambda: step_back(what, made.aside))
+            raise
+        os.close(made.mount)
+    _quietly(courier, view, lambda: clear_workdir(what))
+    return _target_of(device, target, courier)
+
+
+def _refuse_what_harms(captured: Capture, mounts: Mapping[View, Iterable[MountInfo]]) -> None:
+    if captured.option(b"volatile") is not None or captured.option(b"fsync") == b"volatile":
+        raise RefusedError("an overlay with `volatile` must not be mounted twice")
+    if captured.option(b"index") == b"on" and captured.option(b"upperdir") is not None:
+        raise RefusedError("with index=on the kernel gives an upper directory to one overlay only")
+    for place in captured.places:
+        shown = os.fsdecode(place.mount.path)
+        if place.parent is None:
+            raise RefusedError(f"{shown} is the root directory of process {place.view.pid}")
+        if any(child.path == place.mount.path for child in place.children):
+            raise RefusedError(f"{shown} is covered by another mount")
+        for unbindable in (mount for mount in place.submounts if mount.propagation.unbindable):
+            raise RefusedError(f"{os.fsdecode(unbindable.path)} below it is unbindable and could not be kept")
+        if place.mount.root.endswith(b"//deleted"):
+            raise RefusedError(f"{shown} shows a directory that was deleted")
+        try:
+            attribute_flags(place.mount.attributes)
+        except KeyError as unknown:
+            raise RefusedError(f"{shown} is mounted with {unknown.args[0]}, which cannot be given anew") from None
+    _refuse_root_directories(captured)
+    _refuse_foreign_mounts(captured, mounts)
+
+
+def _refuse_root_directories(captured: Capture) -> None:
+    """A process keeps its root directory, and would lose what is mounted below it."""
+    ids = {mount.mount_id for place in captured.places for mount in (place.mount, *place.submounts)}
+    for pid in (name for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError):
+            if shown_mount_id(AT_FDCWD, b"/proc/%s/root" % os.fsencode(pid)) in ids:
+                raise RefusedError(f"process {pid} has its root directory there", remedy="restart it after a new mount")
+
+
+def _refuse_foreign_mounts(captured: Capture, mounts: Mapping[View, Iterable[MountInfo]]) -> None:
+    """An umount below a shared mount takes away, in its peers and slaves, whatever is mounted at the same place."""
+    sharing = [place for place in captured.places if place.spreads]
+    for view, infos in mounts.items() if sharing else ():
+        children = {(info.parent_id, info.mount_point): info for info in infos}
+        for info in infos:
+            for place in sharing:
+                found = children.get((info.mount_id, _where_it_spreads(place, info)))
+                if found and f"{found.device[0]}:{found.device[1]}" != captured.device:
+                    shown = os.fsdecode(found.mount_point)
+                    raise RefusedError(f"{shown} of process {view.pid}, another mount, would be unmounted with it")
+
+
+def _where_it_spreads(place: Place, info: MountInfo) -> bytes:
+    """Where a mount at `place` appears below the mount `info`; b"" if it does not."""
+    assert place.parent is not None
+    group = place.parent.propagation.shared
+    if not {b"shared:%d" % group, b"master:%d" % group} & {*info.tags}:
+        return b""
+    inside = place.parent.root.rstrip(b"/") + place.mount.path[len(place.parent.path.rstrip(b"/")) :]
+    root = info.root.rstrip(b"/")
+    return info.mount_point.rstrip(b"/") + inside[len(root) :] if inside.startswith(root + b"/") else b""
+
+
+def _layers_now(target: Target, captured: Capture, courier: Courier) -> ResolvedStack:
+    """The layers as their paths lead to them now. Raises RefusedError if one leads nowhere or nobody knows whence they lead."""
+    assert target.overlay is not None
+    stack = target.stack or resolve(target.overlay, courier)
+    if all(layer.error for layer in layers_of(stack)):
+        stack = _in_only_view(stack, captured)
+
+    def look_again(layer: LayerDirectory) -> LayerDirectory:
+        return _errand(courier, layer.view, lambda: look_up(layer.path, view=layer.view))
+
+    now = msgspec.structs.replace(
+        stack,
+        upper=look_again(stack.upper) if stack.upper else None,
+        lowers=tuple(map(look_again, stack.lowers)),
+        data_only=tuple(map(look_again, stack.data_only)),
+    )
+    for layer in (*layers_of(now), *now.data_only):
+        if layer.error:
+            raise RefusedError(f"{os.fsdecode(layer.path)}: {layer.error.removeprefix('unknown: ')}")
+    return now
+
+
+def _in_only_view(stack: ResolvedStack, captured: Capture) -> ResolvedStack:
+    """The layers in the namespace that has all mounts of the overlay; who mounted it was there."""
+    views = {place.view for place in captured.places}
+    if len(views) > 1:
+        raise RefusedError(
+            "its first layer was replaced, and it is not known in which namespace the paths of its layers hold"
+        )
+    (view,) = views
+
+    def there(layers: Iterable[LayerDirectory]) -> tuple[LayerDirectory, ...]:
+        return tuple(msgspec.structs.replace(layer, view=view) for layer in layers)
+
+    return msgspec.structs.replace(
+        stack,
+        upper=next(iter(there([stack.upper] if stack.upper else [])), None),
+        lowers=there(stack.lowers),
+        data_only=there(stack.data_only),
+    )
+
+
+def _reachable(captured: Capture, courier: Courier, kept: contextlib.ExitStack) -> list[tuple[Place, Kept]]:
+    """The places in which we can put a mount ourselves; the others follow one of them by propagation, or it is refused."""
+    places: list[tuple[Place, Kept]] = []
+    refusals: list[tuple[Place, MountError]] = []
+    for place in captured.places:
+        try:
+            held = _errand(courier, place.view, functools.partial(keep, place), discard=Kept.close)
+        except MountError as reason:
+            refusals.append((place, reason))
+            continue
+        kept.callback(held.close)
+        places.append((place, held))
+    for place, error in refusals:
+        if not any(_follows(place, leader) for leader, _ in places):
+            raise RefusedError(
+                f"{os.fsdecode(place.mount.path)} of process {place.view.pid} cannot be replaced: {error}"
+            )
+    if len(captured.places) > 1 and any(held.previous is None for _, held in places):
+        raise RefusedError("one of several mounts of it is unbindable, and could not be taken back")
+    return places
+
+
+def _follows(place: Place, leader: Place) -> bool:
+    if place.parent is None or leader.parent is None:
+        return False
+    group = leader.parent.propagation.shared
+    return bool(group) and group in (place.parent.propagation.shared, place.parent.propagation.master)
+
+
+def _put_in_place(places: list[tuple[Place, Kept]], made: Made, courier: Courier) -> None:
+    """All or none."""
+    own = View(os.getpid(), mount_namespace())
+    todo = [place for place, _ in places]
+    children = [held.children for _, held in places]
+    trees = _errand(courier, own, lambda: assemble(made.mount, todo, children), discard=_close_all)
+    done: list[tuple[Place, Kept, int]] = []
+    try:
+        for (place, held), tree in zip(places, trees, strict=True):
+            if not _is_replaced(place, made.mount, courier):
+                _put(place, tree, courier)
+                done.append((place, held, shown_mount_id(tree)))
+    except BaseException:
+        for place, held, new_id in reversed(done):
+            _take_back(place, held, new_id, courier)
+        raise
+    finally:
+        _close_all(trees)
+
+
+def _put(place: Place, tree: int, courier: Courier) -> None:
+    shown = f"{os.fsdecode(place.mount.path)} of process {place.view.pid}"
+    try:
+        if has_move_mount_beneath():
+            _errand(courier, place.view, lambda: swap(place, tree))
+            return
+        try:
+            _errand(courier, place.view, lambda: swap_without_beneath(place, tree))
+        finally:
+            _errand(courier, place.view, lambda: restore_parent(place, tree))
+    except RefusedError as error:
+        raise RefusedError(f"{shown}: {error}") from error
+
+
+def _take_back(place: Place, held: Kept, new_id: int, courier: Courier) -> None:
+    assert held.previous is not None
+    mount = msgspec.structs.replace(place.mount, mount_id=new_id)
+    _put(msgspec.structs.replace(place, mount=mount), held.previous, courier)
+
+
+def _is_replaced(place: Place, new: int, courier: Courier) -> bool:
+    """By propagation, when another place was."""
+    return _errand(courier, place.view, lambda: os.stat(place.mount.path).st_dev) == os.fstat(new).st_dev
+
+
+def _target_of(device: str, old: Target, courier: Courier) -> Target:
+    assert old.overlay is not None
+    known = {point.namespace for point in old.overlay.mount_points}
+    found = next((one for one in read_overlays(find_namespaces("all")).overlays if one.device == device), None)
+    if found is None:
+        raise MountError(f"the new overlay {device} was unmounted at once")
+    points = tuple(point for point in found.mount_points if point.namespace in known)
+    overlay: Overlay = msgspec.structs.replace(found, mount_points=points or found.mount_points)
+    stack = resolve(overlay, courier)
+    return dataclasses.replace(
+        build_target(overlay, stack, courier, telling_overlays=_telling(old, stack)),
+        observe=old.observe,
+        actions=old.actions,
+        evict_limit_bytes=old.evict_limit_bytes,
+        budget=old.budget,
+    )
+
+
+def _telling(old: Target, stack: ResolvedStack) -> set[int]:
+    """Layers that are overlays tell of their cache what they told before."""
+    return {
+        layer.device
+        for root, layer in zip(old.layers, layers_of(stack), strict=False)
+        if root.cache_tells and layer.magic == _OVERLAYFS_SUPER_MAGIC and not cache_tells(layer)
+    }
+
+
+def _errand(
+    courier: Courier, view: View, errand: Callable[[], T], *, discard: Callable[[T], object] | None = None
+) -> T:
+    """By courier even in our own namespace: an errand here changes its namespace and working directory."""
+    try:
+        if view.namespace == mount_namespace():
+            return courier.run(os.getpid(), errand, discard=discard)
+        return in_view(view, errand, courier=courier, discard=discard)
+    except OSError as error:
+        raise RefusedError(f"the kernel refuses it: {reason_of(error)}") from error
+    except DeadlineError as error:
+        raise MountError(str(error)) from error
+
+
+def _quietly(courier: Courier, view: View, errand: Callable[[], object]) -> None:
+    with contextlib.suppress(WatchdError):
+        _errand(courier, view, errand)
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
