@@ -6,7 +6,8 @@ everything that is pinned. The layers are what their paths lead to now.
 What it means for those who use the mount
 * Every lookup sees the old mount or the new one, never none. Files that are open, mapped programs and working directories stay
   in the old one, which lives on detached until the last of them is closed: they see what they saw. A relative path from
-  a working directory in there still leads into the old one.
+  a working directory in there still leads into the old one. rename(2) and link(2) of two paths may find one of them in the
+  old mount and the other one in the new: EXDEV, as between any two mounts.
 * A copy-up under way finishes in the old one, with a work directory of its own (see `watchd.overlay.build`), and lands in the
   upper directory, where the new one finds it. The kernel logs that the upper directory is in use; with `index=on` it refuses.
 * inotify and fanotify marks stay on the old mount's objects and hear no more of what happens through the new one. Locks and
@@ -35,15 +36,16 @@ from watchd.coherence.targets import build_target, cache_tells, layers_of
 from watchd.errors import DeadlineError, MountError, RefusedError, WatchdError
 from watchd.kernel.libc import AT_FDCWD
 from watchd.kernel.mounts import has_move_mount_beneath
-from watchd.kernel.namespaces import Courier, mount_namespace
+from watchd.kernel.namespaces import Courier, mount_namespace, owning_user_namespace
 from watchd.kernel.statx import shown_mount_id
 from watchd.overlay.access import in_view, reason_of
-from watchd.overlay.build import Made, clear_workdir, make, recipe, step_back
+from watchd.overlay.build import Made, Recipe, clear_workdir, make, recipe, step_back
 from watchd.overlay.capture import Capture, Place, attribute_flags, capture, read_mounts
+from watchd.overlay.delegate import make_in_user_namespace
 from watchd.overlay.discovery import find_namespaces, read_overlays
 from watchd.overlay.layers import look_up, resolve
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name
-from watchd.overlay.swap import Kept, assemble, keep, restore_parent, swap, swap_without_beneath
+from watchd.overlay.swap import Kept, assemble, keep, remove, restore_parent, swap, swap_without_beneath
 from watchd.wire.mountinfo import MountInfo
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ def replace(target: Target, courier: Courier) -> Target:
     what, view = recipe(captured, stack), layers_of(stack)[0].view
     with contextlib.ExitStack() as kept:
         places = _reachable(captured, courier, kept)
-        made = _errand(courier, view, lambda: make(what), discard=lambda made: os.close(made.mount))
+        made = _make(what, view, courier)
         try:
             device = device_name(os.fstat(made.mount).st_dev)
             _put_in_place(places, made, courier)
@@ -76,6 +78,7 @@ def replace(target: Target, courier: Courier) -> Target:
             raise
         os.close(made.mount)
     _quietly(courier, view, lambda: clear_workdir(what))
+    _remove_strays(device, captured, courier)
     return _target_of(device, target, courier)
 
 
@@ -206,6 +209,19 @@ def _follows(place: Place, leader: Place) -> bool:
     return bool(group) and group in (place.parent.propagation.shared, place.parent.propagation.master)
 
 
+def _make(what: Recipe, view: View, courier: Courier) -> Made:
+    """The new overlay, owned by the user namespace that the old one was made in."""
+    try:
+        own = mount_namespace()
+        if view.namespace != own and owning_user_namespace(view.pid) != owning_user_namespace(os.getpid()):
+            return make_in_user_namespace(what, view)
+    except DeadlineError as error:
+        raise MountError(str(error)) from error
+    except OSError as error:
+        raise RefusedError(f"the user namespace of process {view.pid} cannot be told: {reason_of(error)}") from error
+    return _errand(courier, view, lambda: make(what), discard=lambda made: os.close(made.mount))
+
+
 def _put_in_place(places: list[tuple[Place, Kept]], made: Made, courier: Courier) -> None:
     """All or none."""
     own = View(os.getpid(), mount_namespace())
@@ -249,6 +265,15 @@ def _take_back(place: Place, held: Kept, new_id: int, courier: Courier) -> None:
 def _is_replaced(place: Place, new: int, courier: Courier) -> bool:
     """By propagation, when another place was."""
     return _errand(courier, place.view, lambda: os.stat(place.mount.path).st_dev) == os.fstat(new).st_dev
+
+
+def _remove_strays(device: str, captured: Capture, courier: Courier) -> None:
+    """A new mount below a shared one appears in all its slaves, those too that had unmounted the old one."""
+    known = {(place.view.namespace, place.mount.path) for place in captured.places}
+    now = capture(device, read_mounts())
+    for place in now.places if now else ():
+        if (place.view.namespace, place.mount.path) not in known:
+            _quietly(courier, place.view, functools.partial(remove, place.mount))
 
 
 def _target_of(device: str, old: Target, courier: Courier) -> Target:

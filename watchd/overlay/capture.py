@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
+from watchd.errors import WireError
 from watchd.kernel import mounts as kernel
 from watchd.overlay.discovery import find_namespaces, read_mountinfo
 from watchd.overlay.model import View
@@ -104,7 +105,7 @@ def read_mounts() -> dict[View, tuple[MountInfo, ...]]:
     for namespace, pid in find_namespaces("all").pids.items():
         try:
             mounts[View(pid, namespace)] = parse_mountinfo(read_mountinfo(pid))
-        except OSError:
+        except (OSError, WireError):
             continue
     return mounts
 

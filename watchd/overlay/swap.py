@@ -148,6 +148,14 @@ def restore_parent(place: Place, tree: int) -> None:
     _restore_all(place, tree)
 
 
+def remove(mount: Mount) -> None:
+    """Detach a mount. Raises MountError if its path shows another one, OSError."""
+    with _opened(mount) as descriptor:
+        os.fchdir(descriptor)
+        umount2(b".", MNT_DETACH)
+        os.chdir("/")
+
+
 def _remove_covered(place: Place, parent: Mount, old: int) -> None:
     os.fchdir(old)
     for child in place.children:
