@@ -450,7 +450,8 @@ class Untouched:
 
     def __init__(self, merged: bytes, workdir: bytes | None = None) -> None:
         self._merged, self._workdir = merged, workdir
-        self._before = captured(merged), self._work()
+        self.capture = captured(merged)
+        self._before = self.capture, self._work()
 
     def check(self) -> None:
         """It is the same mount, and still works."""
@@ -614,3 +615,50 @@ def test_an_overlay_of_a_user_namespace_stays_its_own(sandbox: Sandbox, courier:
     inmate.run(f"echo 3 >> {there}/merged/file && mount -o remount,ro {there}/merged && umount {there}/merged")
     assert inmate.run("stat -c %u:%g up/file") == "0:0"
     inmate.run("cd /")
+
+
+def test_a_tenant_cannot_have_a_directory_of_others_shown(sandbox: Sandbox, courier: Courier) -> None:
+    home, secret = sandbox.directory(b"home"), sandbox.directory(b"root/secret")
+    write(secret + b"/file", "secret")
+    write(home + b"/low/file", "old")
+    os.chown(home, 1000, 1000)
+    merged = sandbox.overlay(b"merged", b"home/low", b"other")
+    target, before = target_at(merged, courier), Untouched(merged)
+    os.rename(home + b"/low", home + b"/away")
+    os.symlink(secret, home + b"/low")
+    with pytest.raises(RefusedError, match="symbolic link"):
+        replace(target, courier)
+    before.check()
+    os.unlink(home + b"/low")
+    write(home + b"/low/file", "new")
+    replace(target, courier)
+    assert read(merged + b"/file") == "new"
+    assert captured(merged).options == before.capture.options
+
+
+def test_a_link_that_root_turned_to_another_tree_is_followed(sandbox: Sandbox, courier: Courier) -> None:
+    write(sandbox.path(b"v1/file"), "1")
+    write(sandbox.path(b"v2/file"), "2")
+    os.symlink(b"v1", sandbox.path(b"current"))
+    merged = sandbox.overlay(b"merged", b"current", upper=b"up")
+    target, shown = target_at(merged, courier), captured(merged).options
+    os.symlink(b"v2", sandbox.path(b"next"))
+    os.rename(sandbox.path(b"next"), sandbox.path(b"current"))
+    replace(target, courier)
+    assert read(merged + b"/file") == "2"
+    assert captured(merged).options == shown
+
+
+def test_the_parent_of_a_replaced_mount_stays_a_slave(sandbox: Sandbox, courier: Courier, either_way: str) -> None:
+    parent = sandbox.mount_tmpfs(b"parent")
+    mount(b"none", parent, flags=MS_SHARED)
+    slave = sandbox.inmate(propagation="slave")
+    layers = [os.fsdecode(sandbox.directory(name)) for name in (b"low", b"other", b"parent/merged")]
+    slave.run("mount -t overlay overlay -o lowerdir={}:{} {}".format(*layers))
+    tags = f"grep ' {os.fsdecode(parent)} ' /proc/self/mountinfo | cut -d' ' -f5-8"
+    before = slave.run(tags)
+    assert "master:" in before
+    new = replace(target_of(slave.run(f"stat -c %Hd:%Ld {layers[2]}"), courier), courier)
+    assert slave.run(tags) == before
+    assert slave.run(f"stat -c %Hd:%Ld {layers[2]}") == new.device
+    slave.run(f"umount {layers[2]}")

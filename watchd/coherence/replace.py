@@ -46,6 +46,7 @@ from watchd.overlay.discovery import find_namespaces, read_overlays
 from watchd.overlay.layers import look_up, resolve
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name
 from watchd.overlay.swap import Kept, assemble, keep, remove, restore_parent, swap, swap_without_beneath
+from watchd.overlay.trust import is_exposed
 from watchd.wire.mountinfo import MountInfo
 
 T = TypeVar("T")
@@ -65,7 +66,8 @@ def replace(target: Target, courier: Courier) -> Target:
         raise MountError(f"the overlay {target.device} is not mounted any more")
     _refuse_what_harms(captured, mounts)
     stack = _layers_now(target, captured, courier)
-    what, view = recipe(captured, stack), layers_of(stack)[0].view
+    view = layers_of(stack)[0].view
+    what = recipe(captured, stack, exposed=_is_exposed(stack, view, courier))
     with contextlib.ExitStack() as kept:
         places = _reachable(captured, courier, kept)
         made = _make(what, view, courier)
@@ -209,17 +211,29 @@ def _follows(place: Place, leader: Place) -> bool:
     return bool(group) and group in (place.parent.propagation.shared, place.parent.propagation.master)
 
 
+def _is_exposed(stack: ResolvedStack, view: View, courier: Courier) -> bool:
+    """In a user namespace of its own everything is its root's, and nothing there leads out of it."""
+    paths = [layer.path for layer in (*layers_of(stack), *stack.data_only)]
+    return _is_ours(view) and _errand(courier, view, lambda: any(map(is_exposed, paths)))
+
+
 def _make(what: Recipe, view: View, courier: Courier) -> Made:
     """The new overlay, owned by the user namespace that the old one was made in."""
+    if _is_ours(view):
+        return _errand(courier, view, lambda: make(what), discard=lambda made: os.close(made.mount))
     try:
-        own = mount_namespace()
-        if view.namespace != own and owning_user_namespace(view.pid) != owning_user_namespace(os.getpid()):
-            return make_in_user_namespace(what, view)
+        return make_in_user_namespace(what, view)
     except DeadlineError as error:
         raise MountError(str(error)) from error
+
+
+def _is_ours(view: View) -> bool:
+    """Whether what is mounted there belongs to our own user namespace."""
+    try:
+        own = mount_namespace()
+        return view.namespace == own or owning_user_namespace(view.pid) == owning_user_namespace(os.getpid())
     except OSError as error:
         raise RefusedError(f"the user namespace of process {view.pid} cannot be told: {reason_of(error)}") from error
-    return _errand(courier, view, lambda: make(what), discard=lambda made: os.close(made.mount))
 
 
 def _put_in_place(places: list[tuple[Place, Kept]], made: Made, courier: Courier) -> None:

@@ -29,7 +29,9 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from watchd.errors import RefusedError
+from watchd.kernel.files import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 from watchd.kernel.filesystems import superblock_is_alive
+from watchd.kernel.libc import AT_FDCWD
 from watchd.kernel.mounts import (
     FSCONFIG_CMD_CREATE,
     FSCONFIG_SET_FD,
@@ -68,6 +70,8 @@ class Recipe(msgspec.Struct, frozen=True):
     """b"" without an upper."""
     predecessor: str = ""
     """major:minor of the overlay that works there until it is replaced by this one."""
+    exposed: bool = False
+    """Somebody else than root could make a path lead elsewhere: no link on the way to a layer is followed."""
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -79,8 +83,8 @@ class Made(msgspec.Struct, frozen=True):
     """What the directory that its predecessor works in is called now; b"" if there was none."""
 
 
-def recipe(captured: Capture, stack: ResolvedStack) -> Recipe:
-    """How to make the captured overlay again of the layers in `stack`, whose paths are absolute."""
+def recipe(captured: Capture, stack: ResolvedStack, *, exposed: bool = False) -> Recipe:
+    """How to make the captured overlay again of the layers in `stack`, whose paths are absolute; `exposed`: see `Recipe`."""
     settings = [Setting(b"source", captured.source)]
     lowers, data_only = [layer.path for layer in stack.lowers], [layer.path for layer in stack.data_only]
     upper = stack.upper.path if stack.upper else b""
@@ -88,7 +92,7 @@ def recipe(captured: Capture, stack: ResolvedStack) -> Recipe:
     workdir = b""
     for name, value in captured.options:
         if name == b"lowerdir":
-            settings += _lowerdir(value, lowers, data_only)
+            settings += _lowerdir(value, lowers, data_only, one_by_one=exposed)
         elif name in one_by_one:
             settings.append(_layer(name, value, next(one_by_one[name])))
         elif name == b"upperdir":
@@ -98,7 +102,7 @@ def recipe(captured: Capture, stack: ResolvedStack) -> Recipe:
             settings.append(_layer(name, value, workdir))
         elif name not in _SAID_BY_KERNEL:
             settings.append(Setting(name, value or None))
-    return Recipe(tuple(settings), workdir, captured.device)
+    return Recipe(tuple(settings), workdir, captured.device, exposed)
 
 
 def make(what: Recipe) -> Made:
@@ -118,7 +122,7 @@ def make(what: Recipe) -> Made:
 def step_back(what: Recipe, aside: bytes) -> None:
     """Give the predecessor its work directory back; to be used when the new overlay is gone. An errand like `make`."""
     if aside:
-        with contextlib.suppress(OSError), _open_directory(what.workdir) as workdir:
+        with contextlib.suppress(OSError), _open_directory(what.workdir, what) as workdir:
             shutil.rmtree(os.fsdecode(_WORK), dir_fd=workdir, ignore_errors=True)
             os.rename(aside, _WORK, src_dir_fd=workdir, dst_dir_fd=workdir)
 
@@ -127,17 +131,19 @@ def clear_workdir(what: Recipe) -> None:
     """Take away what overlays that are no more left in the work directory. Raises nothing; belongs where `what` holds."""
     if not what.workdir:
         return
-    with contextlib.suppress(OSError), _open_directory(what.workdir) as workdir:
+    with contextlib.suppress(OSError), _open_directory(what.workdir, what) as workdir:
         for name in os.listdir(workdir):
             device = _ASIDE_NAME.fullmatch(name)
             if device and not superblock_is_alive(device_number(device[1])):
                 shutil.rmtree(name, dir_fd=workdir, ignore_errors=True)
 
 
-def _lowerdir(value: bytes, lowers: Sequence[bytes], data_only: Sequence[bytes]) -> Iterator[Setting]:
+def _lowerdir(
+    value: bytes, lowers: Sequence[bytes], data_only: Sequence[bytes], *, one_by_one: bool
+) -> Iterator[Setting]:
     if not all(path.startswith(b"/") for path in sum(split_lowerdir(value), ())):
         value = b"::".join([b":".join(map(_escape, lowers)), *map(_escape, data_only)])
-    if len(value) <= FSCONFIG_STRING_MAX:
+    if len(value) <= FSCONFIG_STRING_MAX and not one_by_one:
         yield Setting(b"lowerdir", value)
         return
     yield from (Setting(b"lowerdir+", path, path) for path in lowers)
@@ -160,15 +166,15 @@ def _escape(path: bytes) -> bytes:
     return _SPECIAL.sub(rb"\\\1", path)
 
 
-def _give(context: int, setting: Setting) -> None:
+def _give(context: int, setting: Setting, what: Recipe) -> None:
     try:
         if setting.value is None:
             fsconfig(context, FSCONFIG_SET_FLAG, setting.key)
-        elif len(setting.value) <= FSCONFIG_STRING_MAX:
-            fsconfig(context, FSCONFIG_SET_STRING, setting.key, setting.value)
-        else:
-            with _open_directory(setting.path) as directory:
+        elif setting.path and (what.exposed or len(setting.value) > FSCONFIG_STRING_MAX):
+            with _open_directory(setting.path, what) as directory:
                 fsconfig(context, FSCONFIG_SET_FD, setting.key, aux=directory)
+        else:
+            fsconfig(context, FSCONFIG_SET_STRING, setting.key, setting.value)
     except OSError as error:
         key, value = os.fsdecode(setting.key), os.fsdecode(setting.path or setting.value or b"")
         raise RefusedError(f"the kernel refuses {key}={value}: {error.strerror}", remedy=_remedy(error)) from error
@@ -177,12 +183,15 @@ def _give(context: int, setting: Setting) -> None:
 def _remedy(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "with index=on an upper directory is given to one overlay only: unmount it and mount it anew"
+    if error.errno == errno.ELOOP:
+        return "there is a symbolic link on its way, which somebody else than root may have put there"
     return ""
 
 
 @contextlib.contextmanager
-def _open_directory(path: bytes) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _open_directory(path: bytes, what: Recipe) -> Iterator[int]:
+    resolve = RESOLVE_NO_MAGICLINKS | (RESOLVE_NO_SYMLINKS if what.exposed else 0)
+    descriptor = openat2(AT_FDCWD, path, flags=os.O_RDONLY | os.O_DIRECTORY, resolve=resolve)
     try:
         yield descriptor
     finally:
@@ -193,7 +202,7 @@ def _set_aside(what: Recipe) -> bytes:
     if not what.workdir:
         return b""
     try:
-        with _open_directory(what.workdir) as workdir:
+        with _open_directory(what.workdir, what) as workdir:
             status = os.stat(_WORK, dir_fd=workdir, follow_symlinks=False)
             if stat.S_IMODE(status.st_mode) or not stat.S_ISDIR(status.st_mode):
                 raise RefusedError(f"{os.fsdecode(what.workdir)} is not the work directory of an overlay any more")
@@ -217,7 +226,7 @@ def _create(what: Recipe) -> int:
     context = fsopen(b"overlay")
     try:
         for setting in what.settings:
-            _give(context, setting)
+            _give(context, setting, what)
         try:
             fsconfig(context, FSCONFIG_CMD_CREATE)
         except OSError as error:
