@@ -22,7 +22,8 @@ from watchd.kernel.namespaces import mount_namespace
 from watchd.overlay.model import View
 from watchd.wire.mountinfo import parse_mountinfo
 
-MS_REMOUNT, MS_RDONLY, MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 0x20, 0x1, 0x1000, 0x4000, 0x40000, 0x100000
+MS_REMOUNT, MS_RDONLY, MS_BIND, MS_REC = 0x20, 0x1, 0x1000, 0x4000
+MS_PRIVATE, MS_SLAVE, MS_SHARED = 0x40000, 0x80000, 0x100000
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 
 _mount = function("mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.sandbox import MS_BIND, MS_PRIVATE, MS_RDONLY, MS_REMOUNT, MS_SHARED, Sandbox, mount, umount
+from tests.kernel.sandbox import MS_BIND, MS_PRIVATE, MS_RDONLY, MS_REMOUNT, MS_SHARED, MS_SLAVE, Sandbox, mount, umount
 from watchd.coherence import replace as replacing
 from watchd.coherence.replace import replace
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target
 from watchd.errors import MountError, RefusedError
 from watchd.kernel.mounts import MNT_DETACH, umount2
-from watchd.kernel.namespaces import Courier
+from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.overlay import swap as swapping
 from watchd.overlay.capture import Capture, Mount, Place, capture, read_mounts
 from watchd.overlay.discovery import discover
@@ -381,6 +381,47 @@ def test_below_a_shared_mount_slaves_and_peers_get_the_new_one_once(
     assert not captured(merged).places[0].mount.propagation.shared, "private below a shared mount"
 
 
+def test_below_a_shared_mount_submounts_are_kept_with_their_propagation(
+    sandbox: Sandbox, courier: Courier, either_way: str
+) -> None:
+    for name in (b"sub", b"alone", b"slave"):
+        os.makedirs(sandbox.path(b"low/" + name))
+    mount(b"none", sandbox.mount_tmpfs(b"parent"), flags=MS_SHARED)
+    mount(b"none", sandbox.mount_tmpfs(b"master"), flags=MS_SHARED)
+    merged = sandbox.overlay(b"parent/merged", b"low", upper=b"up")
+    mount(b"inner", merged + b"/sub", b"tmpfs")
+    os.mkdir(merged + b"/sub/deep")
+    mount(b"deep", merged + b"/sub/deep", b"tmpfs")
+    mount(b"alone", merged + b"/alone", b"tmpfs")
+    mount(b"none", merged + b"/alone", flags=MS_PRIVATE)
+    mount(sandbox.path(b"master"), merged + b"/slave", flags=MS_BIND)
+    mount(b"none", merged + b"/slave", flags=MS_SLAVE)
+    slave = sandbox.inmate(propagation="slave")
+    count = f"grep -c ' {os.fsdecode(merged)}' /proc/self/mountinfo"
+    try:
+        before = kinds(captured(merged)), slave.run(count)
+        for _ in range(2):
+            replace(target_at(merged, courier), courier)
+            assert (kinds(captured(merged)), slave.run(count)) == before
+    finally:
+        for name in (b"/slave", b"/alone", b"/sub/deep", b"/sub"):
+            umount(merged + name)
+
+
+def kinds(found: Capture) -> dict[bytes, tuple[str, bool, int]]:
+    """Each mount that there is at and below the places: what it is, whether it is shared, in whose slavery."""
+    return {
+        below.path: (
+            "" if below is place.mount else below.device,
+            bool(below.propagation.shared),
+            below.propagation.master,
+        )
+        for place in found.places
+        if place.view.namespace == mount_namespace()
+        for below in (place.mount, *place.submounts)
+    }
+
+
 def test_what_else_is_mounted_there_in_a_slave_is_not_unmounted(sandbox: Sandbox, courier: Courier) -> None:
     parent = sandbox.mount_tmpfs(b"parent")
     mount(b"none", parent, flags=MS_SHARED)
@@ -403,6 +444,21 @@ def test_a_slave_that_had_unmounted_it_does_not_get_it_back(
     slave.run(f"umount {os.fsdecode(merged)}")
     replace(target_at(merged, courier), courier)
     assert slave.run(f"grep -c ' {os.fsdecode(merged)} ' /proc/self/mountinfo || true") == "0"
+
+
+def test_peers_do_not_lose_their_submounts(sandbox: Sandbox, courier: Courier) -> None:
+    os.makedirs(sandbox.path(b"low/sub"))
+    mount(b"none", sandbox.mount_tmpfs(b"parent"), flags=MS_SHARED)
+    merged = sandbox.overlay(b"parent/merged", b"low", upper=b"up")
+    sandbox.bind(b"parent/merged", b"parent/bound")
+    mount(b"inner", merged + b"/sub", b"tmpfs")
+    before = Untouched(merged)
+    try:
+        with pytest.raises(RefusedError, match="bound, its peer, would lose what is mounted below it"):
+            replace(target_at(merged, courier), courier)
+        before.check()
+    finally:
+        umount(merged + b"/sub")
 
 
 def test_peers_of_a_shared_mount_stay_peers(sandbox: Sandbox, courier: Courier, merged: bytes) -> None:
@@ -541,12 +597,20 @@ def test_a_covered_mount_is_refused(sandbox: Sandbox, courier: Courier, merged: 
         replace(target, courier)
 
 
+@pytest.mark.parametrize("propagation", [MS_PRIVATE, MS_SHARED], ids=["private", "shared"])
 def test_if_the_second_cannot_be_replaced_the_first_is_put_back(
-    sandbox: Sandbox, courier: Courier, merged: bytes, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, courier: Courier, monkeypatch: pytest.MonkeyPatch, propagation: int
 ) -> None:
+    os.makedirs(sandbox.path(b"low/sub"))
+    mount(b"none", sandbox.mount_tmpfs(b"parent"), flags=propagation)
+    merged = sandbox.overlay(b"parent/merged", b"low", upper=b"up")
     mount(b"none", merged, flags=MS_REMOUNT | MS_BIND | 0x2)
-    bound = sandbox.bind(b"merged", b"bound")
-    target, old = target_at(merged, courier), device_of(merged)
+    bound = sandbox.bind(b"parent/merged", b"parent/bound")
+    mount(b"none", bound, flags=MS_PRIVATE)
+    mount(b"inner", merged + b"/sub", b"tmpfs")
+    os.mkdir(merged + b"/sub/deep")
+    mount(b"deep", merged + b"/sub/deep", b"tmpfs")
+    target, before = target_at(merged, courier), kinds(captured(merged))
     swaps: list[Mount] = []
 
     def fail_once(place: Place, tree: int) -> None:
@@ -556,13 +620,16 @@ def test_if_the_second_cannot_be_replaced_the_first_is_put_back(
         swapping.swap(place, tree)
 
     monkeypatch.setattr(replacing, "swap", fail_once)
-    with pytest.raises(RefusedError, match="Cannot allocate memory"):
-        replace(target, courier)
-    assert [tried.path for tried in swaps] == [merged, bound, merged]
-    assert device_of(merged) == device_of(bound) == old
-    (first, second) = captured(merged).places
-    assert "nosuid" in first.mount.attributes
-    assert "nosuid" in second.mount.attributes
+    try:
+        with pytest.raises(RefusedError, match="Cannot allocate memory"):
+            replace(target, courier)
+        assert [tried.path for tried in swaps] == [merged, bound, merged]
+        assert device_of(merged) == device_of(bound) == target.device
+        assert kinds(captured(merged)) == before
+    finally:
+        umount(merged + b"/sub/deep")
+        umount(merged + b"/sub")
+    assert all("nosuid" in place.mount.attributes for place in captured(merged).places)
     assert os.listdir(sandbox.path(b"up.work")) == [b"work"]
     os.mkdir(merged + b"/works")
 

@@ -103,8 +103,18 @@ def _refuse_what_harms(captured: Capture, mounts: Mapping[View, Iterable[MountIn
             attribute_flags(place.mount.attributes)
         except KeyError as unknown:
             raise RefusedError(f"{shown} is mounted with {unknown.args[0]}, which cannot be given anew") from None
+    _refuse_peers(captured)
     _refuse_root_directories(captured)
     _refuse_foreign_mounts(captured, mounts)
+
+
+def _refuse_peers(captured: Capture) -> None:
+    """What is mounted on a mount is unmounted from its peers too, where the umount has to spread."""
+    for place in (place for place in captured.places if place.spreads and place.children):
+        for other in captured.places:
+            is_peer = other is not place and other.mount.propagation.shared == place.mount.propagation.shared != 0
+            if is_peer and (other.parent == place.parent or not _follows(other, place)):
+                raise RefusedError(f"{os.fsdecode(other.mount.path)}, its peer, would lose what is mounted below it")
 
 
 def _refuse_root_directories(captured: Capture) -> None:

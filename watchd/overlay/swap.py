@@ -15,7 +15,8 @@ Facts
   umount2 always takes what is on top. It can by propagation: in a copy of the namespace whose parent mount is a peer, take away
   the copy of the new mount, then that of the old one; propagate_umount removes the original, and hangs what covered it in its
   place (4.11). It leaves alone a mount that has other mounts on it.
-* A tree of mounts is put together in a copy of the namespace, which ends with the errand; a clone of the tree outlives it.
+* Of a detached tree only the root can be changed. So a tree of mounts is put together in a copy of the namespace, which ends
+  with the errand; a clone of the tree outlives it.
 * `.` is not led to what is mounted on it, except by umount2.
 * An O_PATH descriptor makes a mount busy. One is held here for as long as the swap takes, about 0.1 ms.
 """
@@ -81,16 +82,11 @@ def keep(place: Place) -> Kept:
             if error.errno != errno.EBUSY:
                 raise
         with contextlib.ExitStack() as undo:
-            previous = None
-            if not place.mount.propagation.unbindable:
-                previous = open_tree_clone(old, flags=AT_RECURSIVE)
-                undo.callback(os.close, previous)
-                _leave_peers(place, previous, place.mount, place.submounts)
             children = []
             for child in place.children:
                 children.append(_clone_child(old, place.mount, child))
                 undo.callback(os.close, children[-1])
-                _leave_peers(place, children[-1], child, (child, *place.submounts))
+            previous = None if place.mount.propagation.unbindable else _clone_all(old, place)
             undo.pop_all()
     return Kept(previous, tuple(children))
 
@@ -99,8 +95,7 @@ def assemble(base: int, places: Sequence[Place], children: Sequence[Sequence[int
     """For each place a detached tree of mounts: the same directory of `base`, with the attributes and the propagation of
     the old mount, and its children. Owned descriptors of the roots. Raises RefusedError, OSError.
     """
-    unshare(CLONE_NEWNS)
-    mount_setattr(AT_FDCWD, b"/", propagation=MS_PRIVATE, flags=AT_RECURSIVE)
+    _enter_workshop()
     move_mount(base, AT_FDCWD, b"/")
     trees: list[int] = []
     with contextlib.ExitStack() as used, contextlib.ExitStack() as undo:
@@ -111,6 +106,7 @@ def assemble(base: int, places: Sequence[Place], children: Sequence[Sequence[int
             move_mount(replica, AT_FDCWD, b"/")
             for child, clone in zip(place.children, clones, strict=True):
                 _attach(clone, replica, _relative(place.mount, child))
+            _leave_peers(place, replica, place.submounts)
             trees.append(open_tree_clone(replica, flags=AT_RECURSIVE))
             undo.callback(os.close, trees[-1])
         undo.pop_all()
@@ -254,11 +250,31 @@ def _attach(clone: int, replica: int, path: bytes) -> None:
         raise RefusedError(f"the new mount has no place for {shown}, which is mounted below it") from error
 
 
-def _leave_peers(place: Place, clone: int, root: Mount, mounts: Sequence[Mount]) -> None:
-    """Where the umount of the original has to spread, the clones of its submounts must not be peers of them."""
+def _enter_workshop() -> None:
+    """A copy of the namespace in which nothing that is mounted is seen elsewhere; it ends with the errand."""
+    unshare(CLONE_NEWNS)
+    mount_setattr(AT_FDCWD, b"/", propagation=MS_PRIVATE, flags=AT_RECURSIVE)
+
+
+def _clone_all(old: int, place: Place) -> int:
+    """A clone of the mount with its submounts, which outlives their umount."""
+    clone = open_tree_clone(old, flags=AT_RECURSIVE)
+    if not place.spreads:
+        return clone
+    try:
+        _enter_workshop()
+        move_mount(clone, AT_FDCWD, b"/")
+        _leave_peers(place, clone, (place.mount, *place.submounts))
+        return open_tree_clone(clone, flags=AT_RECURSIVE)
+    finally:
+        os.close(clone)
+
+
+def _leave_peers(place: Place, tree: int, mounts: Sequence[Mount]) -> None:
+    """Where the umount of the original has to spread, clones must not be peers of it. The tree is attached."""
     for mount in mounts if place.spreads else ():
-        if mount.propagation.shared and mount.path.startswith(root.path):
-            with _below(clone, _relative(root, mount)) as descriptor:
+        if mount.propagation.shared:
+            with _below(tree, _relative(place.mount, mount)) as descriptor:
                 mount_setattr(descriptor, propagation=MS_PRIVATE)
 
 
