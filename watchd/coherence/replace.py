@@ -26,28 +26,27 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
 
+from watchd.coherence.harm import refuse_what_harms
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of
 from watchd.errors import DeadlineError, MountError, RefusedError, WatchdError
-from watchd.kernel.libc import AT_FDCWD
 from watchd.kernel.mounts import has_move_mount_beneath
 from watchd.kernel.namespaces import Courier, mount_namespace, owning_user_namespace
 from watchd.kernel.statx import shown_mount_id
 from watchd.overlay.access import in_view, reason_of
 from watchd.overlay.build import Made, Recipe, clear_workdir, make, recipe, step_back
-from watchd.overlay.capture import Capture, Place, attribute_flags, capture, read_mounts
+from watchd.overlay.capture import Capture, Place, capture, read_mounts
 from watchd.overlay.delegate import make_in_user_namespace
 from watchd.overlay.discovery import find_namespaces, read_overlays
 from watchd.overlay.layers import look_up, resolve
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name
 from watchd.overlay.swap import Kept, assemble, keep, remove, restore_parent, swap, swap_without_beneath
 from watchd.overlay.trust import is_exposed
-from watchd.wire.mountinfo import MountInfo
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ def replace(target: Target, courier: Courier) -> Target:
     captured = capture(target.device, mounts)
     if captured is None:
         raise MountError(f"the overlay {target.device} is not mounted any more")
-    _refuse_what_harms(captured, mounts)
+    refuse_what_harms(captured, mounts)
     stack = _layers_now(target, captured, courier)
     view = layers_of(stack)[0].view
     what = recipe(captured, stack, exposed=_is_exposed(stack, view, courier))
@@ -82,72 +81,6 @@ def replace(target: Target, courier: Courier) -> Target:
     _quietly(courier, view, lambda: clear_workdir(what))
     _remove_strays(device, captured, courier)
     return _target_of(device, target, courier)
-
-
-def _refuse_what_harms(captured: Capture, mounts: Mapping[View, Iterable[MountInfo]]) -> None:
-    if captured.option(b"volatile") is not None or captured.option(b"fsync") == b"volatile":
-        raise RefusedError("an overlay with `volatile` must not be mounted twice")
-    if captured.option(b"index") == b"on" and captured.option(b"upperdir") is not None:
-        raise RefusedError("with index=on the kernel gives an upper directory to one overlay only")
-    for place in captured.places:
-        shown = os.fsdecode(place.mount.path)
-        if place.parent is None:
-            raise RefusedError(f"{shown} is the root directory of process {place.view.pid}")
-        if any(child.path == place.mount.path for child in place.children):
-            raise RefusedError(f"{shown} is covered by another mount")
-        for unbindable in (mount for mount in place.submounts if mount.propagation.unbindable):
-            raise RefusedError(f"{os.fsdecode(unbindable.path)} below it is unbindable and could not be kept")
-        if place.mount.root.endswith(b"//deleted"):
-            raise RefusedError(f"{shown} shows a directory that was deleted")
-        try:
-            attribute_flags(place.mount.attributes)
-        except KeyError as unknown:
-            raise RefusedError(f"{shown} is mounted with {unknown.args[0]}, which cannot be given anew") from None
-    _refuse_peers(captured)
-    _refuse_root_directories(captured)
-    _refuse_foreign_mounts(captured, mounts)
-
-
-def _refuse_peers(captured: Capture) -> None:
-    """What is mounted on a mount is unmounted from its peers too, where the umount has to spread."""
-    for place in (place for place in captured.places if place.spreads and place.children):
-        for other in captured.places:
-            is_peer = other is not place and other.mount.propagation.shared == place.mount.propagation.shared != 0
-            if is_peer and (other.parent == place.parent or not _follows(other, place)):
-                raise RefusedError(f"{os.fsdecode(other.mount.path)}, its peer, would lose what is mounted below it")
-
-
-def _refuse_root_directories(captured: Capture) -> None:
-    """A process keeps its root directory, and would lose what is mounted below it."""
-    ids = {mount.mount_id for place in captured.places for mount in (place.mount, *place.submounts)}
-    for pid in (name for name in os.listdir("/proc") if name.isdigit()):
-        with contextlib.suppress(OSError):
-            if shown_mount_id(AT_FDCWD, b"/proc/%s/root" % os.fsencode(pid)) in ids:
-                raise RefusedError(f"process {pid} has its root directory there", remedy="restart it after a new mount")
-
-
-def _refuse_foreign_mounts(captured: Capture, mounts: Mapping[View, Iterable[MountInfo]]) -> None:
-    """An umount below a shared mount takes away, in its peers and slaves, whatever is mounted at the same place."""
-    sharing = [place for place in captured.places if place.spreads]
-    for view, infos in mounts.items() if sharing else ():
-        children = {(info.parent_id, info.mount_point): info for info in infos}
-        for info in infos:
-            for place in sharing:
-                found = children.get((info.mount_id, _where_it_spreads(place, info)))
-                if found and f"{found.device[0]}:{found.device[1]}" != captured.device:
-                    shown = os.fsdecode(found.mount_point)
-                    raise RefusedError(f"{shown} of process {view.pid}, another mount, would be unmounted with it")
-
-
-def _where_it_spreads(place: Place, info: MountInfo) -> bytes:
-    """Where a mount at `place` appears below the mount `info`; b"" if it does not."""
-    assert place.parent is not None
-    group = place.parent.propagation.shared
-    if not {b"shared:%d" % group, b"master:%d" % group} & {*info.tags}:
-        return b""
-    inside = place.parent.root.rstrip(b"/") + place.mount.path[len(place.parent.path.rstrip(b"/")) :]
-    root = info.root.rstrip(b"/")
-    return info.mount_point.rstrip(b"/") + inside[len(root) :] if inside.startswith(root + b"/") else b""
 
 
 def _layers_now(target: Target, captured: Capture, courier: Courier) -> ResolvedStack:
@@ -196,7 +129,8 @@ def _reachable(captured: Capture, courier: Courier, kept: contextlib.ExitStack) 
     """The places in which we can put a mount ourselves; the others follow one of them by propagation, or it is refused."""
     places: list[tuple[Place, Kept]] = []
     refusals: list[tuple[Place, MountError]] = []
-    for place in captured.places:
+    # Those first that take others with them.
+    for place in sorted(captured.places, key=lambda place: (not place.spreads, place.mount.propagation.master != 0)):
         try:
             held = _errand(courier, place.view, functools.partial(keep, place), discard=Kept.close)
         except MountError as reason:
@@ -205,20 +139,13 @@ def _reachable(captured: Capture, courier: Courier, kept: contextlib.ExitStack) 
         kept.callback(held.close)
         places.append((place, held))
     for place, error in refusals:
-        if not any(_follows(place, leader) for leader, _ in places):
+        if not any(place.follows(leader) for leader, _ in places):
             raise RefusedError(
                 f"{os.fsdecode(place.mount.path)} of process {place.view.pid} cannot be replaced: {error}"
             )
     if len(captured.places) > 1 and any(held.previous is None for _, held in places):
         raise RefusedError("one of several mounts of it is unbindable, and could not be taken back")
     return places
-
-
-def _follows(place: Place, leader: Place) -> bool:
-    if place.parent is None or leader.parent is None:
-        return False
-    group = leader.parent.propagation.shared
-    return bool(group) and group in (place.parent.propagation.shared, place.parent.propagation.master)
 
 
 def _is_exposed(stack: ResolvedStack, view: View, courier: Courier) -> bool:

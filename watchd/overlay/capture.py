@@ -77,6 +77,13 @@ class Place(msgspec.Struct, frozen=True):
         """Whether what is mounted and unmounted here is so in other places too, because the parent is shared."""
         return self.parent is not None and bool(self.parent.propagation.shared)
 
+    def follows(self, leader: Place) -> bool:
+        """Whether what is mounted at `leader` appears here too, if it does so at that path."""
+        if self.parent is None or leader.parent is None:
+            return False
+        group = leader.parent.propagation.shared
+        return bool(group) and group in (self.parent.propagation.shared, self.parent.propagation.master)
+
     @property
     def children(self) -> tuple[Mount, ...]:
         """The submounts that are mounted on the overlay itself."""
