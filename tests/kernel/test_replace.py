@@ -729,3 +729,20 @@ def test_the_parent_of_a_replaced_mount_stays_a_slave(sandbox: Sandbox, courier:
     assert slave.run(tags) == before
     assert slave.run(f"stat -c %Hd:%Ld {layers[2]}") == new.device
     slave.run(f"umount {layers[2]}")
+
+
+def test_with_fewer_rights_than_a_mounter_needs_it_is_refused(
+    sandbox: Sandbox, courier: Courier, merged: bytes
+) -> None:
+    before = Untouched(merged, sandbox.path(b"up.work"))
+    program = f"""
+from tests.kernel.test_replace import *
+try:
+    replace(target_at({merged!r}, courier := Courier()), courier)
+except RefusedError as error:
+    print(error)
+"""
+    command = ["setpriv", "--bounding-set=-setfcap,-mknod", sys.executable, "-c", program]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "without CAP_MKNOD, CAP_SETFCAP" in told.stdout
+    before.check()

@@ -35,11 +35,12 @@ from watchd.coherence.harm import refuse_what_harms
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of
 from watchd.errors import DeadlineError, MountError, RefusedError, WatchdError
+from watchd.kernel.capabilities import missing_capabilities
 from watchd.kernel.mounts import has_move_mount_beneath
 from watchd.kernel.namespaces import Courier, mount_namespace, owning_user_namespace
 from watchd.kernel.statx import shown_mount_id
 from watchd.overlay.access import in_view, reason_of
-from watchd.overlay.build import Made, Recipe, clear_workdir, make, recipe, step_back
+from watchd.overlay.build import MOUNTER_CAPABILITIES, Made, Recipe, clear_workdir, make, recipe, step_back
 from watchd.overlay.capture import Capture, Place, capture, read_mounts
 from watchd.overlay.delegate import make_in_user_namespace
 from watchd.overlay.discovery import find_namespaces, read_overlays
@@ -157,6 +158,12 @@ def _is_exposed(stack: ResolvedStack, view: View, courier: Courier) -> bool:
 def _make(what: Recipe, view: View, courier: Courier) -> Made:
     """The new overlay, owned by the user namespace that the old one was made in."""
     if _is_ours(view):
+        missing = missing_capabilities(MOUNTER_CAPABILITIES) if what.workdir else []
+        if missing:
+            remedy = "add them to CapabilityBoundingSet= of its unit"
+            raise RefusedError(
+                f"without {', '.join(missing)} watchd would make an overlay that copies up less", remedy=remedy
+            )
         return _errand(courier, view, lambda: make(what), discard=lambda made: os.close(made.mount))
     try:
         return make_in_user_namespace(what, view)

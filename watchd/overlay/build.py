@@ -7,6 +7,8 @@ Facts
 * A second overlay with the same upper empties `workdir/work` and makes it anew, while the first one still works there: from
   then on unlink, rename, and creation in a directory of a lower fail with ENOENT in the first one, and a copy-up under
   way loses its temporary file. If that directory is renamed before, both go on to work, each in its own (measured).
+* An overlay copies up with the credentials of whoever made it: without CAP_SETFCAP a program with file capabilities cannot be
+  written to any more by anybody (EPERM), without CAP_MKNOD not even the times of a device node can be set (measured).
 * What lies beside `work` in the work directory, overlayfs never looks at.
 * ustat(2) tells whether a superblock with a device number is alive; arm64 has no such call.
 
@@ -50,6 +52,19 @@ _WORK = b"work"
 _ASIDE = b"watchd-replaced-"
 _ASIDE_NAME = re.compile(r"watchd-replaced-(\d+:\d+)(?:\.\d+)?")
 _SPECIAL = re.compile(rb"([:\\,])")
+
+
+MOUNTER_CAPABILITIES = {
+    "CAP_CHOWN": 0,
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_FOWNER": 3,
+    "CAP_FSETID": 4,
+    "CAP_LINUX_IMMUTABLE": 9,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_MKNOD": 27,
+    "CAP_SETFCAP": 31,
+}
+"""What copying up may need, and whoever makes an overlay with an upper must have."""
 
 
 class Setting(msgspec.Struct, frozen=True):
