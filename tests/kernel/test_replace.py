@@ -13,7 +13,7 @@ import pytest
 
 from tests.kernel.sandbox import MS_BIND, MS_PRIVATE, MS_RDONLY, MS_REMOUNT, MS_SHARED, MS_SLAVE, Sandbox, mount, umount
 from watchd.coherence import replace as replacing
-from watchd.coherence.replace import replace
+from watchd.coherence.replace import clear_up, replace
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target
 from watchd.errors import MountError, RefusedError
@@ -233,6 +233,21 @@ def test_who_stays_in_the_old_mount_can_go_on_to_work_there(sandbox: Sandbox, co
     finally:
         os.close(inside)
     leaves_no_trace(again, courier, sandbox.path(b"up.work"))
+
+
+def test_what_its_caller_held_is_cleared_up_later(sandbox: Sandbox, courier: Courier, merged: bytes) -> None:
+    target = target_at(merged, courier)
+    held = target.open()
+    try:
+        new = replace(target, courier)
+        clear_up(new, courier)
+        assert len(os.listdir(sandbox.path(b"up.work"))) == 2
+    finally:
+        os.close(held)
+    deadline = time.monotonic() + 20  # for the number to be nobody's, which may be somebody else's for a moment
+    while len(os.listdir(sandbox.path(b"up.work"))) == 2:
+        assert time.monotonic() < deadline
+        clear_up(new, courier)
 
 
 def test_everything_about_the_mount_is_kept(sandbox: Sandbox, courier: Courier, either_way: str) -> None:

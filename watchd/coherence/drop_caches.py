@@ -30,11 +30,12 @@ class DropCaches:
         self, interval_ns: int, *, path: str = _PATH, monotonic_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
         """At most one drop in `interval_ns`. `path` and `monotonic_ns` are for tests."""
-        self._interval_ns = interval_ns
+        self.interval_ns = interval_ns
+        """May be changed at any time."""
         self._path = path
         self._monotonic_ns = monotonic_ns
         self._lock = threading.Lock()
-        self._next_ns: int | None = None
+        self._last_ns: int | None = None
         self.count = 0
         """How often the caches were dropped."""
         self.refused = 0
@@ -48,13 +49,14 @@ class DropCaches:
         """
         with self._lock:
             now_ns = self._monotonic_ns()
-            if self._next_ns is not None and now_ns < self._next_ns:
+            next_ns = now_ns if self._last_ns is None else self._last_ns + self.interval_ns
+            if now_ns < next_ns:
                 self.refused += 1
-                wait_s = (self._next_ns - now_ns) / 1e9
+                wait_s = (next_ns - now_ns) / 1e9
                 raise RefusedError(f"the caches were dropped a moment ago; allowed again in {wait_s:.1f} s")
             self._write()
             self.count += 1
-            self._next_ns = self._monotonic_ns() + self._interval_ns
+            self._last_ns = self._monotonic_ns()
 
     def _write(self) -> None:
         try:

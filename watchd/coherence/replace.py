@@ -84,6 +84,19 @@ def replace(target: Target, courier: Courier) -> Target:
     return _target_of(device, target, courier)
 
 
+def clear_up(target: Target, courier: Courier) -> None:
+    """Take away what overlays that are gone left in the target's work directory. Raises nothing.
+
+    `replace` does so itself, in vain where its caller holds the old mount; so that one does it again when he let go.
+    """
+    overlay, upper = target.overlay, target.stack.upper if target.stack else None
+    if overlay and overlay.workdir and upper and target.stack:
+        with contextlib.suppress(WatchdError):
+            exposed = _is_exposed(target.stack, upper.view, courier)
+            what = Recipe((), overlay.workdir, exposed=exposed)
+            _errand(courier, upper.view, lambda: clear_workdir(what))
+
+
 def _layers_now(target: Target, captured: Capture, courier: Courier) -> ResolvedStack:
     """The layers as their paths lead to them now. Raises RefusedError if one leads nowhere or nobody knows whence they lead."""
     assert target.overlay is not None
