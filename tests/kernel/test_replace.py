@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_BIND, MS_PRIVATE, MS_RDONLY, MS_REMOUNT, MS_SHARED, MS_SLAVE, Sandbox, mount, umount
 from watchd.coherence import replace as replacing
 from watchd.coherence.replace import clear_up, replace
@@ -761,3 +762,20 @@ except RefusedError as error:
     told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert "without CAP_MKNOD, CAP_SETFCAP" in told.stdout
     before.check()
+
+
+def test_the_daemon_heals_what_is_held_and_what_was_recreated(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    write(low + b"/dir/library", "old")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.configure(coherence={"actions": ["invalidate", "replace"]})
+    daemon.start()
+    with open(merged + b"/dir/library", "rb"):
+        write(low + b"/dir/library.new", "new")
+        os.rename(low + b"/dir/library.new", low + b"/dir/library")
+        done = daemon.verb("sync", merged)
+        assert (done.returncode, read(merged + b"/dir/library")) == (0, "new"), done.stdout
+    recreate(low, "another", like=b"dir/library")
+    done = daemon.verb("sync", merged)
+    assert (done.returncode, read(merged + b"/dir/library")) == (0, "another"), done.stdout
+    assert daemon.mount(merged)["state"] == "coherent"

@@ -11,7 +11,7 @@ import msgspec
 
 from watchd.coherence.actions import Tools, actions_on
 from watchd.coherence.ladder import Climb, Ladder, Step
-from watchd.coherence.replace import replace
+from watchd.coherence.replace import clear_up, replace
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale, View
 from watchd.errors import RefusedError
@@ -115,6 +115,8 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         stale = _remembering(climb.stale, task.stale)
         if thorough and stale and climb.replaced_by is None:
             stale = view.pinned(stale)
+    if climb.replaced_by is not None:
+        clear_up(climb.replaced_by, tools.courier)  # the view is closed, so the old mount may be gone now
     return _outcome(target, task, found, climb, stale), stale
 
 
