@@ -22,7 +22,8 @@ from watchd.kernel.namespaces import mount_namespace
 from watchd.overlay.model import View
 from watchd.wire.mountinfo import parse_mountinfo
 
-MS_REMOUNT, MS_RDONLY, MS_BIND, MS_REC, MS_PRIVATE = 0x20, 0x1, 0x1000, 0x4000, 0x40000
+MS_REMOUNT, MS_RDONLY, MS_BIND, MS_REC = 0x20, 0x1, 0x1000, 0x4000
+MS_PRIVATE, MS_SLAVE, MS_SHARED = 0x40000, 0x80000, 0x100000
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 
 _mount = function("mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -52,8 +53,8 @@ def move_mount(detached: int, target: bytes) -> None:
 class Inmate:
     """A shell in a mount namespace of its own, which does what it is told."""
 
-    def __init__(self, *unshare_flags: str) -> None:
-        command = ["unshare", *unshare_flags, "--mount", "--propagation", "private", "sh"]
+    def __init__(self, *unshare_flags: str, propagation: str = "private") -> None:
+        command = ["unshare", *unshare_flags, "--mount", "--propagation", propagation, "sh"]
         self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self.pid = self._shell.pid
         self.run("true")
@@ -123,9 +124,13 @@ class Sandbox:
         finally:
             os.close(context)
         try:
-            move_mount(detached, self.directory(name))
+            return self.attach(detached, name)
         finally:
             os.close(detached)
+
+    def attach(self, detached: int, name: bytes) -> bytes:
+        """A detached mount at `name`."""
+        move_mount(detached, self.directory(name))
         self._mounts.append(self.path(name))
         return self.path(name)
 
@@ -139,11 +144,15 @@ class Sandbox:
     def umount(self, name: bytes) -> None:
         """Take a mount back before the end."""
         umount(self.path(name))
+        self.forget(name)
+
+    def forget(self, name: bytes) -> None:
+        """A mount that somebody else took away."""
         self._mounts.remove(self.path(name))
 
-    def inmate(self, *unshare_flags: str) -> Inmate:
+    def inmate(self, *unshare_flags: str, propagation: str = "private") -> Inmate:
         """A shell in a mount namespace of its own, a copy of ours as it is now."""
-        inmate = Inmate(*unshare_flags)
+        inmate = Inmate(*unshare_flags, propagation=propagation)
         self._inmates.append(inmate)
         return inmate
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from tests.conftest import Require
+from watchd.overlay.build import MOUNTER_CAPABILITIES
 
 UNIT = Path(__file__).parents[2] / "systemd" / "watchd.service"
 
@@ -31,3 +32,8 @@ def test_systemd_understands_every_line_of_the_unit(require: Require, tmp_path: 
 
 def test_the_unit_does_not_hide_the_mounts_of_the_host() -> None:
     assert GIVES_A_MOUNT_NAMESPACE.search(UNIT.read_text()) is None
+
+
+def test_the_unit_may_mount_overlays_that_copy_up_everything() -> None:
+    granted = re.findall(r"^CapabilityBoundingSet=(.+)$", UNIT.read_text(), re.MULTILINE)
+    assert {*MOUNTER_CAPABILITIES} <= {*" ".join(granted).split()}

@@ -12,7 +12,7 @@ import msgspec
 from watchd.coherence.actions import Tools, actions_on
 from watchd.coherence.evict import tidy
 from watchd.coherence.ladder import Climb, Ladder, Step
-from watchd.coherence.replace import replace
+from watchd.coherence.replace import clear_up, replace
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale, View
 from watchd.errors import RefusedError
@@ -121,6 +121,9 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         if thorough and climb.replaced_by is None:
             stale = view.pinned(stale) if stale else ()
             untidy = _tidy(view, target, task, climb)
+    if climb.replaced_by is not None or (task.must_act and "replace" in target.actions):
+        # The view is closed, so a mount that was replaced may be gone now.
+        clear_up(climb.replaced_by or target, tools.courier)
     return _outcome(target, task, found, climb, stale, untidy=untidy), stale
 
 

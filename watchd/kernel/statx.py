@@ -12,6 +12,7 @@ import struct
 
 from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, function
 
+AT_STATX_DONT_SYNC = 0x4000
 STATX_BTIME = 0x800
 STATX_MNT_ID = 0x1000
 STATX_MNT_ID_UNIQUE = 0x4000
@@ -43,3 +44,9 @@ def mount_id(path: bytes) -> int:
     """The mount that `path` is seen through, never used again where the kernel can tell. Raises OSError."""
     data, given = _call(AT_FDCWD, path, 0, STATX_MNT_ID_UNIQUE | STATX_MNT_ID)
     return int(_mnt_id.unpack_from(data, 144)[0]) if given & (STATX_MNT_ID_UNIQUE | STATX_MNT_ID) else 0
+
+
+def shown_mount_id(dirfd: int, path: bytes = b"") -> int:
+    """The id that mountinfo shows for the mount that `path` is seen through; asks no remote filesystem. Raises OSError."""
+    data, _ = _call(dirfd, path, AT_STATX_DONT_SYNC | (0 if path else AT_EMPTY_PATH), STATX_MNT_ID)
+    return int(_mnt_id.unpack_from(data, 144)[0])

@@ -89,7 +89,7 @@ def read_overlays(namespaces: Namespaces) -> Discovery:
     for namespace, pid in namespaces.pids.items():
         view = View(pid, namespace)
         try:
-            found += [(view, info) for info in parse_mountinfo(_read_mountinfo(pid), _FSTYPES)]
+            found += [(view, info) for info in parse_mountinfo(read_mountinfo(pid), _FSTYPES)]
         except PermissionError:
             problems.append(f"the mounts of process {pid} must not be read; give watchd CAP_SYS_PTRACE")
         except WireError as error:
@@ -154,6 +154,7 @@ def _denied(count: int) -> tuple[str, ...]:
     return (f"the mount namespaces of {count} processes must not be looked at; run watchd as root with CAP_SYS_PTRACE",)
 
 
-def _read_mountinfo(pid: int) -> bytes:
+def read_mountinfo(pid: int) -> bytes:
+    """What /proc/<pid>/mountinfo holds. Raises OSError."""
     with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
         return file.readall()

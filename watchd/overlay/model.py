@@ -135,7 +135,7 @@ def split_lowerdir(value: bytes) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         if word.startswith(b":"):
             into = data_only if len(word) > 1 else into
         else:
-            into.append(_unescape(word))
+            into.append(unescape(word))
     return tuple(lower), tuple(data_only)
 
 
@@ -150,8 +150,8 @@ def _overlay(device: tuple[int, int], points: list[MountPoint], super_options: b
         mount_points=tuple(points),
         lowerdir=lower,
         data_only=data_only,
-        upperdir=_unescape(shown["upperdir"]) if "upperdir" in shown else None,
-        workdir=_unescape(shown["workdir"]) if "workdir" in shown else None,
+        upperdir=unescape(shown["upperdir"]) if "upperdir" in shown else None,
+        workdir=unescape(shown["workdir"]) if "workdir" in shown else None,
         options={
             name: value.decode("ascii", "backslashreplace")
             for name, value in shown.items()
@@ -161,5 +161,6 @@ def _overlay(device: tuple[int, int], points: list[MountPoint], super_options: b
     )
 
 
-def _unescape(path: bytes) -> bytes:
+def unescape(path: bytes) -> bytes:
+    """A layer path with overlay's backslash escapes undone."""
     return _ESCAPED.sub(rb"\1", path) if b"\\" in path else path

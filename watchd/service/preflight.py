@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 
 from watchd.errors import NotPermittedError, UnsupportedError, UsageError, WatchdError
+from watchd.kernel.capabilities import missing_capabilities
 from watchd.kernel.mounts import fspick
 
 CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_ADMIN": 21}
@@ -19,10 +20,7 @@ LOCK_NAME = "watchd.lock"
 
 def check_capabilities() -> None:
     """Raises NotPermittedError if a capability is missing."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
-    missing = [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
-    if missing:
+    if missing := missing_capabilities(CAPABILITIES):
         raise NotPermittedError(f"watchd needs {' and '.join(missing)}", remedy="run it as root")
 
 
