@@ -59,6 +59,8 @@ class Target:
     userxattr: bool = False
     renames_directories: bool = False
     """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
+    on_server: bool = False
+    """Its mount point lies on a filesystem that somebody serves, so getting there may let one wait."""
     observe: bool = False
     """Verify and report, but do nothing."""
     actions: tuple[str, ...] = ("invalidate",)
