@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from watchd.overlay.model import Overlay, ResolvedStack
+from watchd.kernel.namespaces import mount_namespace
+from watchd.overlay.model import MountPoint, Overlay, ResolvedStack
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,10 @@ class Target:
     """What it was built from; None in tests only."""
     budget: float = 0.1
     """Share of the time that may go into invalidating this mount."""
+
+    @property
+    def shown_at(self) -> Sequence[MountPoint]:
+        """Where it is mounted, with the namespaces and the mounts that show a part of it only."""
+        if self.overlay is not None:
+            return self.overlay.mount_points
+        return [MountPoint(path, mount_namespace(), os.getpid()) for path in self.mount_points]
