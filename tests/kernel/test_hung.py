@@ -186,12 +186,31 @@ def test_a_container_whose_server_hangs_holds_up_no_other_container(bed: Bed, sa
     inmate.run(f"test -e {well}/new")
 
 
-def test_a_daemon_that_waits_for_a_server_reloads_and_stops(bed: Bed, daemon: Daemon) -> None:
+def test_a_server_that_hangs_is_noticed_though_nothing_changes(bed: Bed, daemon: Daemon) -> None:
     bed.mount()
-    bed.server.stop()
     daemon.start()
-    daemon.configure(coherence={"budget": "20%"})
+    assert daemon.sync() == []
+    bed.server.stop()
+    done = daemon.verb("sync")
+    assert done.returncode == 1
+    assert f"waiting for {os.fsdecode(bed.sandbox.path(b'served'))} (fuse" in done.stdout
+    bed.assert_the_other_is_kept()
+    bed.server.go_on()
+    assert daemon.sync() == []
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "kept"])
+def test_a_daemon_that_waits_for_a_server_reloads_and_stops(bed: Bed, daemon: Daemon, known: bool) -> None:
+    bed.mount()
+    if known:
+        daemon.start()
+        assert os.path.exists(bed.merged + b"/file")
+        assert daemon.sync() == []
+        replace(bed.sandbox.path(b"served/file"), b"new")
+    bed.server.stop()
+    if not known:
+        daemon.start()
+    daemon.configure(coherence={"budget": "20%"}, sources={"content": False})
     assert daemon.verb("reload").returncode == 0
     bed.assert_the_other_is_kept()
     daemon.stop()
-    bed.server.go_on()

@@ -73,7 +73,7 @@ def stale_lines(mounts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for mount in mounts:
         point = mount_point_of(mount)
         for entry in mount["stale"]:
-            yield f"{point.rstrip('/')}/{path_of(entry).lstrip('/')}: {entry['kind']}{_held_by(entry)}"
+            yield f"{point.rstrip('/')}/{path_of(entry).lstrip('/')}: {entry['kind']}{_held_by(entry)}{_why(entry)}"
         if not mount["stale"] and mount["state"] in INCOHERENT_STATES:
             reason = f": {printable(mount['reason'])}" if mount.get("reason") else ""
             yield f"{point}: {mount['state']}{reason}"
@@ -87,3 +87,7 @@ def mount_point_of(mount: Mapping[str, Any]) -> str:
 def _held_by(entry: Mapping[str, Any]) -> str:
     holders = [f"{one['pid']} ({printable(one['command'])}, {one['how']})" for one in entry.get("pinned_by") or ()]
     return f", held by {', '.join(holders)}" if holders else ""
+
+
+def _why(entry: Mapping[str, Any]) -> str:
+    return f" ({printable(entry['reason'])})" if entry.get("reason") else ""

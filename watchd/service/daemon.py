@@ -276,11 +276,17 @@ class Daemon:
         deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         try:
             async with asyncio.timeout(timeout_s):
+                mounts, unmatched = await self._select(patterns)
+                if unmatched:
+                    raise UsageError(
+                        f"no overlay mount matches {unmatched[0]!r}",
+                        remedy="see `watchd status` for those that are kept",
+                    )
                 for _ in range(SYNC_ROUNDS):
-                    mounts = await self._select(patterns)
                     await self._verify(mounts, deadline_ns, every_layer=not patterns)
                     if all(self._engine.state(mount.overlay.device) for mount in mounts):
-                        break  # none of them was replaced or unmounted meanwhile
+                        break
+                    mounts, _ = await self._select(patterns)  # one was replaced or unmounted meanwhile
                 await self._journal.flush()
                 if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
                     await self._mounts.refresh()  # perhaps it was unmounted meanwhile
@@ -298,19 +304,14 @@ class Daemon:
         state, reason, *_ = state_of(mount, self._engine)
         return mount.waiting(longer_than_s=0) or (reason if state == "failed" else "")
 
-    async def _select(self, patterns: Sequence[str]) -> list[Mount]:
-        """The mounts that are asked for, once it is known what they are. Raises UsageError."""
+    async def _select(self, patterns: Sequence[str]) -> tuple[list[Mount], list[str]]:
+        """See `MountBook.select`; what is asked for is looked up anew, and waited for until it is known what it is."""
         while True:
             answer = self._mounts.next_answer
             await self._mounts.refresh()
             mounts, unmatched = self._mounts.select(patterns)
-            if unmatched:
-                raise UsageError(
-                    f"no overlay mount matches {unmatched[0]!r}",
-                    remedy="see `watchd status` for those that are kept",
-                )
             if not any(mount.unseen for mount in mounts):
-                return mounts
+                return mounts, unmatched
             await asyncio.wait({answer})
 
     async def _verify(self, mounts: Sequence[Mount], deadline_ns: int, *, every_layer: bool) -> None:

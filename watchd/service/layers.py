@@ -195,9 +195,10 @@ class LayerBook:
 
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
+        answering = {layer.worker for layer in self.layers.values() if layer.worker and not layer.waiting()}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._barriers.wait(set(self._workers.values()))
+                await self._barriers.wait(answering)
         self._closing = True
         self._note_marks()
         attempts = [layer.watching for layer in self.layers.values() if layer.watching is not None]
