@@ -116,6 +116,14 @@ def test_mounts_on_it_and_bind_mounts_of_it_are_named(sandbox: Sandbox, merged: 
     assert found == {}
 
 
+def test_an_overlay_with_a_layer_inside_is_named(sandbox: Sandbox, merged: bytes) -> None:
+    layers = [(b"lowerdir+", merged + b"/d"), (b"lowerdir+", sandbox.directory(b"other"))]
+    outer = sandbox.mount_overlay(b"outer", layers)
+    found = holders(device_of(merged), b"d", b"d/file", at=merged)
+    assert {(holder.command, holder.how) for holder in found.pop(b"d")} == {(os.fsdecode(outer), "mount")}
+    assert found == {}
+
+
 def test_what_is_held_by_way_of_a_bind_mount_is_found(sandbox: Sandbox, merged: bytes) -> None:
     bound = sandbox.bind(b"merged/d", b"elsewhere")
     with process(WAYS["open"], bound + b"/file") as pid:

@@ -2,15 +2,16 @@
 
 Facts (proc(5); held by tests)
 * A dentry that is in use survives every invalidation. It is used by open files (/proc/<pid>/fd), by working and root
-  directories, by the running program (exe), by what is mapped (maps), and by mounts: those on it, and bind mounts of it.
+  directories, by the running program (exe), by what is mapped (maps), and by mounts: those on it, bind mounts of it, and
+  overlays with a layer in it.
 * The text of these links is the path from the root of the mount namespace at which the object was found, with " (deleted)"
   behind it once its dentry left the cache; so a name may seem deleted that only ends so, and the same text may mean
   something else in another namespace. From a mount that was unmounted lazily it is the path below that mount. Longer than
   PATH_MAX it cannot be read.
 * stat(2) of a link tells the object itself. With AT_STATX_DONT_SYNC no server is asked for it, though a filesystem may want to
   look once more at what a link leads to (d_weak_revalidate: NFS, 9p); so only links are followed whose text fits.
-* A line of maps shows device and inode number of the overlay's object (6.8; before, those of the real file) and escapes nothing
-  but a newline.
+* A line of maps shows device and inode number of the overlay's object (seen on 6.18; where they are the real file's, the text
+  has to do) and escapes nothing but a newline.
 * An inotify watch and a fanotify mark on an object hold its inode: fdinfo of the descriptor shows `inotify wd:1 ino:<hex>
   sdev:<hex>` and `fanotify ino:<hex> sdev:<hex> mflags:<hex>`, where sdev is the superblock's device, major << 20 | minor. An
   evictable mark (mflags 0x200) holds nothing.
@@ -32,8 +33,8 @@ import msgspec
 from watchd.errors import WireError
 from watchd.kernel.namespaces import mount_namespace
 from watchd.kernel.statx import identity_of
-from watchd.overlay.model import MountPoint
-from watchd.wire.mountinfo import MountInfo, parse_mountinfo
+from watchd.overlay.model import MountPoint, View, build_overlays
+from watchd.wire.mountinfo import OVERLAY, MountInfo, parse_mountinfo
 
 _DELETED = b" (deleted)"
 _NEWLINE = rb"\012"
@@ -147,7 +148,7 @@ class _Search:
                 yield path
 
     def mounts(self) -> Iterator[tuple[bytes, Holder]]:
-        """Mounts on it, and bind mounts of it."""
+        """Mounts on it, bind mounts of it, and overlays with a layer in it."""
         device = os.major(self._wanted.device), os.minor(self._wanted.device)
         pids = {point.namespace: point.pid for point in self._wanted.points}
         for namespace, pid in pids.items():
@@ -156,7 +157,8 @@ class _Search:
                     root = mount.root.removesuffix(b"//deleted").strip(b"/")
                     paths = {candidate.path for candidate in self._at_and_above(root, is_there=True)} if root else set()
                 else:
-                    paths = {c.path for c in self._candidates(mount.mount_point, namespace) if c.is_there}
+                    used = [mount.mount_point, *_layers(mount, View(pid, namespace))]
+                    paths = {c.path for text in used for c in self._candidates(text, namespace) if c.is_there}
                 for path in paths:
                     yield path, Holder(pid, os.fsdecode(mount.mount_point), "mount")
 
@@ -211,6 +213,16 @@ def _mountinfo(pid: int) -> tuple[MountInfo, ...]:
         return parse_mountinfo(_read(b"/proc/%d/mountinfo" % pid))
     except WireError:
         return ()
+
+
+def _layers(mount: MountInfo, view: View) -> Iterator[bytes]:
+    """The paths of its layers if it is an overlay."""
+    if mount.fstype == OVERLAY:
+        for overlay in build_overlays([(view, mount)]):
+            yield from overlay.lowerdir
+            yield from overlay.data_only
+            if overlay.upperdir is not None:
+                yield overlay.upperdir
 
 
 def _namespace(pid: bytes) -> int:

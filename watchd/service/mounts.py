@@ -20,7 +20,7 @@ from watchd.coherence.target import Outer, Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of, primary_point
 from watchd.config.schema import Config
 from watchd.config.schema import Layer as ConfiguredLayer
-from watchd.errors import LayerError
+from watchd.errors import WatchdError
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
@@ -68,18 +68,23 @@ class Mount:
                 return f"layer {layer.name}: {reason}"
         if self.unchecked is not None:
             directory, waiting = self.unchecked
-            return f"waiting for {_servers(directory)} {waiting}"
+            return f"waiting for {_servers(directory) or os.fsdecode(directory.path)} {waiting}"
         return ""
 
 
 def layer_waiting(layer: Layer, *, longer_than_s: float = STUCK_S) -> str:
     """The same for a layer."""
     waiting = layer.waiting(longer_than_s=longer_than_s)
-    return "" if waiting is None else f"waiting for {_servers(layer.directory)} {waiting}"
+    if waiting is None:
+        return ""
+    servers = _servers(layer.directory)
+    if not servers and layer.watching is None and longer_than_s:
+        return ""  # nobody to wait for: there is much to do
+    return f"waiting for {servers or os.fsdecode(layer.directory.path)} {waiting}"
 
 
 def _servers(directory: LayerDirectory) -> str:
-    return servers_on(directory.path, directory.view.pid) or os.fsdecode(directory.path)
+    return servers_on(directory.path, directory.view.pid)
 
 
 class MountBook:
@@ -173,7 +178,7 @@ class MountBook:
     def _why_displaced(self, layer: LayerDirectory) -> str:
         try:
             os.close(clone_directory(layer, self.courier))
-        except LayerError as error:
+        except (WatchdError, OSError) as error:
             return str(error)
         return ""
 
@@ -231,17 +236,17 @@ class MountBook:
         watched = [directory for sighting in new if sighting.stack for directory in _found(sighting.stack.lowers)]
         await asyncio.gather(*map(self._layer, {key_of(directory): directory for directory in watched}.values()))
         for sighting in new:
-            await self._add(sighting)
+            self._add(sighting)
         await self._nest()
         self._drop_unused()
 
-    async def _add(self, sighting: Sighting) -> None:
+    def _add(self, sighting: Sighting) -> None:
         overlay, stack = sighting.overlay, sighting.stack
         if stack is None:
             if sighting.waiting is not None:
                 self._wait_for(overlay, sighting.waiting)
             return
-        layers = [await self._layer(directory) for directory in _found(stack.lowers)]
+        layers = [self._layers.layers[key_of(directory)] for directory in _found(stack.lowers)]
         unknown = tuple(directory for directory in stack.lowers if directory.error)
         mount = Mount(overlay, sighting.mount_ids, stack, layers, unknown)
         self.mounts[overlay.device] = mount
