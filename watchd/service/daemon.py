@@ -40,8 +40,8 @@ from watchd.service.layers import LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
-from watchd.service.stalelog import StaleLog
 from watchd.service.patience import in_thread
+from watchd.service.stalelog import StaleLog
 from watchd.service.status import mounts_status, snapshot, state_of, status
 
 log = logging.getLogger(__name__)
