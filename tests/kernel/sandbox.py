@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -83,6 +84,39 @@ class Inmate:
         self._shell.wait()
 
 
+class Server:
+    """A FUSE filesystem that shows a directory, with a server that can be stopped."""
+
+    def __init__(self, source: bytes, target: bytes) -> None:
+        outside = os.stat(target).st_dev
+        # Nothing is cached by the kernel, so that every look has to be answered.
+        options = b"attr_timeout=0,entry_timeout=0,negative_timeout=0"
+        self._process = subprocess.Popen(
+            [b"bindfs", b"-f", b"-o", options, source, target], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while os.stat(target).st_dev == outside:
+            assert self._process.poll() is None, "bindfs ended"
+            os.sched_yield()
+
+    def stop(self) -> None:
+        """SIGSTOP: who asks for anything waits from now on."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def die(self) -> None:
+        """SIGKILL: who asks for anything is told ENOTCONN from now on."""
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> None:
+        """Wait for it to end, which it does when nothing shows its filesystem any more."""
+        self._process.wait()
+
+
 class Sandbox:
     """A fresh tmpfs at `root` (bytes), and what a test did on it, to be taken back by `tidy_up`."""
 
@@ -90,6 +124,7 @@ class Sandbox:
         self.root = os.fsencode(root)
         self._mounts: list[bytes] = []
         self._inmates: list[Inmate] = []
+        self._servers: dict[bytes, Server] = {}
         self.mount_tmpfs(b"")
 
     def path(self, name: bytes) -> bytes:
@@ -106,6 +141,13 @@ class Sandbox:
         mount(b"tmpfs", self.directory(name), b"tmpfs", data=b"mode=755")
         self._mounts.append(self.path(name))
         return self.path(name)
+
+    def serve(self, name: bytes, source: bytes) -> Server:
+        """The directory `source` at `name` too, by way of a FUSE server."""
+        server = Server(self.directory(source), self.directory(name))
+        self._servers[self.path(name)] = server
+        self._mounts.append(self.path(name))
+        return server
 
     def bind(self, name: bytes, target: bytes) -> bytes:
         """The directory `name` at `target` too."""
@@ -160,8 +202,12 @@ class Sandbox:
         """Take everything back; a mount that is busy makes the test fail."""
         for inmate in self._inmates:
             inmate.end()
+        for server in self._servers.values():
+            server.go_on()
         for path in reversed(self._mounts):
             umount(path)
+            if path in self._servers:
+                self._servers[path].end()  # until then it uses what it served
 
 
 class Belongings:

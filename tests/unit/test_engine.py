@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -675,3 +676,36 @@ def waiters(condition: threading.Condition) -> Callable[[int], None]:
             assert begun.acquire(timeout=PATIENCE_S)
 
     return waiting
+
+
+def test_mounts_that_hang_leave_threads_for_the_others_and_say_since_when(stage: Stage) -> None:
+    hanging = []
+    for number in range(20):
+        stage.engine.add(target(f"1:{number}"))
+        if number % 4 == 3:
+            hanging += [stage.next() for _ in range(4)]
+            stage.forward(module.OVERDUE_NS + 1)
+    stage.keep("probe")
+    waiting = stage.engine.state("1:0")
+    assert waiting is not None
+    assert waiting.waiting_since_ns is not None
+    for call in hanging:
+        call.end()
+        stage.told()
+    answered = stage.engine.state("1:0")
+    assert answered is not None
+    assert answered.waiting_since_ns is None
+    while len(stage.engine._threads) > 4:  # those that are not needed any more end
+        os.sched_yield()
+
+
+def test_no_more_rounds_run_at_a_time_than_there_are_threads_for_while_none_is_overdue(stage: Stage) -> None:
+    for number in range(5):
+        stage.engine.add(target(f"1:{number}"))
+    calls = [stage.next() for _ in range(4)]
+    stage.forward(module.OVERDUE_NS)
+    assert stage.nothing_under_way()
+    calls[0].end()
+    calls.append(stage.next())
+    for call in calls[1:]:
+        call.end()

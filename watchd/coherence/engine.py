@@ -8,6 +8,7 @@ may have let go.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -36,8 +37,14 @@ went, and no more often than the mount's budget allows."""
 
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 2.0
 _NEVER = 1 << 63
+
+OVERDUE_NS = 1_000_000_000
+"""A round that takes longer waits for somebody's filesystem: its thread does not count any more, another takes its place."""
+
+THREADS_MAX = 256
+"""With so many threads, nearly all of them waiting for filesystems, nothing more is begun until one returns."""
 
 INLINE_SUSPECTS_MAX = 64
 INLINE_DURATION_MAX_NS = 2_000_000
@@ -61,6 +68,8 @@ class MountState:
     stale: tuple[Stale, ...]
     actions: Mapping[str, int]
     error: str = ""
+    waiting_since_ns: int | None = None
+    """Since when a round takes longer than OVERDUE_NS; CLOCK_MONOTONIC."""
     displaced: bool = False
     """A layer's path does not lead to the layer; `error` says which."""
 
@@ -78,6 +87,7 @@ class _Mount:
     rounds_asked: int = 0
     rounds_done: int = 0
     busy: bool = False
+    begun_ns: int = 0
     queued: bool = False
     not_before_ns: int = 0
     last_duration_ns: int = 0
@@ -115,11 +125,14 @@ class Engine:
         self._inherited: dict[str, dict[str, int]] = {}
         """How often which action was taken on the predecessor of a mount that was put in its place."""
         self.flooded = 0
-        self._threads = [
-            threading.Thread(target=self._run, name=f"coherence-{number}", daemon=True) for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._limit = threads
+        self._idle = 0
+        self._working: set[_Mount] = set()
+        """What the threads are at."""
+        self._numbers = itertools.count()
+        self._threads: set[threading.Thread] = set()
+        for _ in range(threads):
+            self._start_thread()
 
     def add(self, target: Target) -> None:
         """Keep this mount coherent from now on; it is invalidated once, since what it cached before is not known."""
@@ -224,7 +237,9 @@ class Engine:
                 state = "pinned" if all(entry.pinned_by for entry in mount.stale) else "stale"
             if mount.target.observe and state == "coherent":
                 state = "observed"
-            return MountState(state, mount.stale, dict(mount.actions), mount.error)
+            overdue = mount.busy and self._clock() - mount.begun_ns > OVERDUE_NS
+            since_ns = mount.begun_ns if overdue else None
+            return MountState(state, mount.stale, dict(mount.actions), mount.error, waiting_since_ns=since_ns)
 
     def at_rest(self, device: str) -> bool:
         """Whether nothing remains to be done about a mount, or it is not kept."""
@@ -238,8 +253,9 @@ class Engine:
             self._stopping = True
             self._condition.notify_all()
             self._over.notify_all()
-        for thread in self._threads:
-            thread.join(STOP_TIMEOUT_S)  # one that hangs on a filesystem ends with the process
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for thread in list(self._threads):  # one that hangs on a filesystem ends with the process
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._tools.handles.expire()
 
     def _gather(self, mount: _Mount, suspects: Mapping[bytes, int]) -> None:
@@ -271,13 +287,23 @@ class Engine:
             self._ready.append(mount)
         self._condition.notify()
 
+    def _start_thread(self) -> None:
+        if len(self._threads) < THREADS_MAX:
+            thread = threading.Thread(target=self._run, name=f"coherence-{next(self._numbers)}", daemon=True)
+            self._threads.add(thread)
+            thread.start()
+
     def _run(self) -> None:
         while True:
             with self._condition:
                 mount = self._next()
                 if mount is None:
+                    self._threads.discard(threading.current_thread())
                     return
                 task = self._take(mount, thorough=True)
+                self._working.add(mount)
+                if not self._idle:  # somebody has to notice when a round is overdue
+                    self._start_thread()
             self._observer.round(self._round(mount, task, thorough=True))
 
     def _round(self, mount: _Mount, task: Task, *, thorough: bool) -> Round:
@@ -293,6 +319,7 @@ class Engine:
             and mount.target.device not in self._outers
             and not mount.queued
             and not mount.displaced
+            and not mount.target.on_server
             and mount.not_before_ns <= self._clock()
             and len(mount.suspects) <= INLINE_SUSPECTS_MAX
             and mount.last_duration_ns <= INLINE_DURATION_MAX_NS
@@ -300,8 +327,8 @@ class Engine:
         )
 
     def _next(self) -> _Mount | None:
-        """Wait for a mount that is due; None when stopping."""
-        while not self._stopping:
+        """Wait for a mount that is due; None when stopping, or when there are threads enough that wait."""
+        while not self._stopping and self._idle < max(self._limit, 1):
             now = self._clock()
             for mount in [mount for mount, due_ns in self._delayed.items() if due_ns <= now]:
                 del self._delayed[mount]
@@ -311,18 +338,27 @@ class Engine:
                 if mount.recheck_at_ns <= now:
                     mount.recheck_at_ns, mount.recheck_due = _NEVER, True
                 self._ready.append(mount)
-            while self._ready:
+            while self._ready and self._has_room(now):
                 mount = self._ready.popleft()
                 if not mount.removed:
                     return mount
             self._rest(now)
         return None
 
+    def _has_room(self, now: int) -> bool:
+        """Whether another round may begin. Those that are overdue take no processor time."""
+        return sum(now - mount.begun_ns <= OVERDUE_NS for mount in self._working) < self._limit
+
     def _rest(self, now: int) -> None:
         """Wait for something to become due; layers that were used are let go meanwhile."""
         expiry = self._tools.handles.expire(now_ns=now)
         due = [*self._delayed.values(), *([expiry] if expiry else [])]
+        if self._ready:
+            overdue = (mount.begun_ns + OVERDUE_NS + 1 for mount in self._working)
+            due += [due_ns for due_ns in overdue if due_ns > now]
+        self._idle += 1
         self._condition.wait((min(due) - now) / 1e9 if due else None)
+        self._idle -= 1
 
     def _take(self, mount: _Mount, *, thorough: bool) -> Task:
         now = self._clock()
@@ -343,13 +379,14 @@ class Engine:
             untidy=thorough and mount.recheck_due and mount.untidy,
         )
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
-        mount.queued, mount.busy = False, True
+        mount.queued, mount.busy, mount.begun_ns = False, True, now
         mount.recheck_due &= not thorough
         self._delayed.pop(mount, None)
         return task
 
     def _finish(self, mount: _Mount, task: Task, round: Round, stale: tuple[Stale, ...]) -> None:
         mount.busy = False
+        self._working.discard(mount)
         if round.result != "failed" and not task.displaced:
             self._forward(task, self._outers.get(mount.target.device, ()))
         else:

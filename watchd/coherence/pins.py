@@ -1,28 +1,52 @@
 """Who holds the objects of a merged mount that stay stale.
 
-Facts (proc(5))
+Facts (proc(5); held by tests)
 * A dentry that is in use survives every invalidation. It is used by open files (/proc/<pid>/fd), by working and root
-  directories, by the running program (exe) and by what is mapped (maps).
-* The text of these links is the path at which the object was found, with " (deleted)" behind it once its dentry left the
-  cache; for a process in another mount namespace it is the path in that namespace. In maps only a newline is escaped.
-* An inotify watch holds an inode: fdinfo of its descriptor shows `inotify wd:1 ino:<hex> sdev:<hex>`, where sdev is the
-  superblock's device, major << 20 | minor.
+  directories, by the running program (exe), by what is mapped (maps), and by mounts: those on it, bind mounts of it, and
+  overlays with a layer in it.
+* The text of these links is the path from the root of the mount namespace at which the object was found, with " (deleted)"
+  behind it once its dentry left the cache; so a name may seem deleted that only ends so, and the same text may mean
+  something else in another namespace. From a mount that was unmounted lazily it is the path below that mount. Longer than
+  PATH_MAX it cannot be read.
+* stat(2) of a link tells the object itself. With AT_STATX_DONT_SYNC no server is asked for it, though a filesystem may want to
+  look once more at what a link leads to (d_weak_revalidate: NFS, 9p); so only links are followed whose text fits.
+* A line of maps shows device and inode number of the overlay's object (seen on 6.18; where they are the real file's, the text
+  has to do) and escapes nothing but a newline.
+* An inotify watch and a fanotify mark on an object hold its inode: fdinfo of the descriptor shows `inotify wd:1 ino:<hex>
+  sdev:<hex>` and `fanotify ino:<hex> sdev:<hex> mflags:<hex>`, where sdev is the superblock's device, major << 20 | minor. An
+  evictable mark (mflags 0x200) holds nothing.
+* Not to be seen here: threads with a working directory or descriptors of their own, descriptors in flight over a socket,
+  files registered with io_uring, swap files, loop devices, exports of nfsd. What only they hold is stale without a holder.
 * Looking through all processes takes about 1 ms for each 20 of them; so it is done for what stays stale only, and never in a
   source's thread.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from watchd.errors import WireError
+from watchd.kernel.namespaces import mount_namespace
+from watchd.kernel.statx import identity_of
+from watchd.overlay.model import MountPoint, View, build_overlays
+from watchd.wire.mountinfo import OVERLAY, MountInfo, parse_mountinfo
+
 _DELETED = b" (deleted)"
-_WATCH = re.compile(rb"^inotify wd:\S+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
-_INOTIFY_LINK = b"anon_inode:inotify"
+_NEWLINE = rb"\012"
+_WATCH = re.compile(
+    rb"^(?:inotify wd:\S+|fanotify) ino:([0-9a-f]+) sdev:([0-9a-f]+) (?:mflags:([0-9a-f]+))?", re.MULTILINE
+)
+_WATCHING = (b"anon_inode:inotify", b"anon_inode:[fanotify]")
+_EVICTABLE = 0x200
 _LINKS = ((b"cwd", "cwd"), (b"root", "root"), (b"exe", "exe"))
+
+Object = tuple[int, int]
+"""st_dev and st_ino as the merged mount shows them."""
 
 
 class Holder(msgspec.Struct, frozen=True, order=True):
@@ -30,8 +54,9 @@ class Holder(msgspec.Struct, frozen=True, order=True):
 
     pid: int
     command: str
+    """For a mount: its mount point."""
     how: str
-    """open, cwd, root, mapped, exe or watch."""
+    """open, cwd, root, mapped, exe, watch; or mount: a mount that this process sees."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -39,80 +64,194 @@ class Wanted(msgspec.Struct, frozen=True):
 
     device: int
     """st_dev of the superblock."""
-    mount_points: Sequence[bytes]
-    inodes: Mapping[bytes, int]
-    """Path below the mount -> inode number as the mount shows it; 0 if it cannot be seen."""
+    points: Sequence[MountPoint]
+    """All mounts that show something of it."""
+    objects: Mapping[bytes, Object | None]
+    """By path below the mount; None if it cannot be seen."""
 
 
 def find_holders(wanted: Wanted) -> dict[bytes, tuple[Holder, ...]]:
     """The processes that use each path or, if it is a directory, something below it. Those that end meanwhile are left out."""
     found: dict[bytes, set[Holder]] = {}
-    prefixes = tuple(point.rstrip(b"/") + b"/" for point in wanted.mount_points)
-    watched = {inode: path for path, inode in wanted.inodes.items() if inode}
-    for pid in [name for name in os.listdir(b"/proc") if name.isdigit()]:
-        uses = {(path, how) for link, how in _links(pid) for path in _concerned(link, prefixes, wanted.inodes)}
-        uses |= {(path, "watch") for path in _watches(pid, wanted.device, watched)}
+    search = _Search(wanted)
+    own = b"%d" % os.getpid()
+    for pid in [name for name in os.listdir(b"/proc") if name.isdigit() and name != own]:
+        uses = {*search.links(pid), *search.maps(pid)}
         if uses:
-            command = _command(pid)
+            command = os.fsdecode(_read(b"/proc/%b/comm" % pid).rstrip(b"\n"))
             for path, how in uses:
                 found.setdefault(path, set()).add(Holder(int(pid), command, how))
+    for path, holder in search.mounts():
+        found.setdefault(path, set()).add(holder)
     return {path: tuple(sorted(holders)) for path, holders in found.items()}
 
 
-def _concerned(link: bytes, prefixes: Iterable[bytes], paths: Mapping[bytes, int]) -> Iterator[bytes]:
-    """The wanted paths that an object at `link` is, or lies below of."""
-    for prefix in prefixes:
-        if link.startswith(prefix):
-            path = link[len(prefix) :].removesuffix(_DELETED)
-            while path:
-                if path in paths:
-                    yield path
-                path = path.rpartition(b"/")[0]
+class _Candidate(msgspec.Struct, frozen=True):
+    """What the text of a link may mean."""
+
+    path: bytes
+    is_itself: bool
+    """Not something below it."""
+    is_there: bool
+    """The process sees the overlay at this place."""
+
+
+class _Search:
+    """What is wanted, prepared for being looked up."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._places = {(point.namespace, point.path.rstrip(b"/"), point.root.strip(b"/")) for point in wanted.points}
+        self._numbers = {known[1]: path for path, known in wanted.objects.items() if known is not None}
+        self._by_object = {known: path for path, known in wanted.objects.items() if known is not None}
+
+    def links(self, pid: bytes) -> Iterator[tuple[bytes, str]]:
+        """What the process has open, watches, stands in or runs."""
+        namespace = _namespace(pid)
+        for link, how in _links(pid):
+            text = _readlink(link)
+            if text is None:
+                path = self._by_object.get(_object(link) or (0, 0))
+                if path is not None:
+                    yield path, how
+                continue
+            if text in _WATCHING:
+                yield from ((path, "watch") for path in self._watched(link.replace(b"/fd/", b"/fdinfo/")))
+                continue
+            for candidate in self._candidates(text, namespace):
+                if self._agrees(candidate, link):
+                    yield candidate.path, how
+
+    def maps(self, pid: bytes) -> Iterator[tuple[bytes, str]]:
+        """What the process has mapped."""
+        namespace = _namespace(pid)
+        for device, inode, text in set(_mapped(pid)):
+            ours = device == self._wanted.device
+            if _NEWLINE in text:  # or those very characters, which are not escaped
+                path = self._numbers.get(inode) if ours else None
+                if path is not None:
+                    yield path, "mapped"
+                continue
+            for candidate in self._candidates(text, namespace):
+                known = self._wanted.objects[candidate.path]
+                is_other = candidate.is_itself and known is not None and known[1] != inode
+                agrees = not is_other if ours else candidate.is_there
+                if agrees:
+                    yield candidate.path, "mapped"
+
+    def _watched(self, fdinfo: bytes) -> Iterator[bytes]:
+        """What is watched by way of the merged mount, through a descriptor of inotify or fanotify."""
+        superblock = os.major(self._wanted.device) << 20 | os.minor(self._wanted.device)
+        for inode, sdev, flags in _WATCH.findall(_read(fdinfo)):
+            path = self._numbers.get(int(inode, 16))
+            if path is not None and int(sdev, 16) == superblock and not int(flags or b"0", 16) & _EVICTABLE:
+                yield path
+
+    def mounts(self) -> Iterator[tuple[bytes, Holder]]:
+        """Mounts on it, bind mounts of it, and overlays with a layer in it."""
+        device = os.major(self._wanted.device), os.minor(self._wanted.device)
+        pids = {point.namespace: point.pid for point in self._wanted.points}
+        for namespace, pid in pids.items():
+            for mount in _mountinfo(pid):
+                if mount.device == device:
+                    root = mount.root.removesuffix(b"//deleted").strip(b"/")
+                    paths = {candidate.path for candidate in self._at_and_above(root, is_there=True)} if root else set()
+                else:
+                    used = [mount.mount_point, *_layers(mount, View(pid, namespace))]
+                    paths = {c.path for text in used for c in self._candidates(text, namespace) if c.is_there}
+                for path in paths:
+                    yield path, Holder(pid, os.fsdecode(mount.mount_point), "mount")
+
+    def _agrees(self, candidate: _Candidate, link: bytes) -> bool:
+        """Whether the object that a link leads to is the one that is wanted, or may be below it."""
+        known = self._wanted.objects[candidate.path]
+        if candidate.is_itself and known is not None:
+            return _object(link) == known
+        if candidate.is_there:
+            return True
+        found = _object(link)
+        return found is not None and found[0] == self._wanted.device
+
+    def _candidates(self, text: bytes, namespace: int) -> Iterator[_Candidate]:
+        if not text.startswith(b"/"):
+            return
+        for told in {text, text.removesuffix(_DELETED)}:
+            for where, mount_point, root in self._places:
+                below = told[len(mount_point) :]
+                if told.startswith(mount_point) and below[:1] in (b"", b"/"):
+                    path = b"/".join(filter(None, (root, below.strip(b"/"))))
+                    yield from self._at_and_above(path, is_there=where == namespace)
+            yield from self._at_and_above(told[1:], is_there=False)  # if it was unmounted lazily
+
+    def _at_and_above(self, path: bytes, *, is_there: bool) -> Iterator[_Candidate]:
+        wanted = self._wanted.objects
+        if path in wanted:
+            yield _Candidate(path, is_itself=True, is_there=is_there)
+        while path := path.rpartition(b"/")[0]:
+            if path in wanted:
+                yield _Candidate(path, is_itself=False, is_there=is_there)
 
 
 def _links(pid: bytes) -> Iterator[tuple[bytes, str]]:
     for name, how in _LINKS:
-        if link := _readlink(b"/proc/%b/%b" % (pid, name)):
-            yield link, how
-    for _, link in _descriptors(pid):
-        yield link, "open"
+        yield b"/proc/%b/%b" % (pid, name), how
+    for number in _list(b"/proc/%b/fd" % pid):
+        yield b"/proc/%b/fd/%b" % (pid, number), "open"
+
+
+def _mapped(pid: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Device, inode number and path of each mapped file."""
     for line in _read(b"/proc/%b/maps" % pid).splitlines():
         fields = line.split(None, 5)
         if len(fields) == 6 and fields[5].startswith(b"/"):
-            yield fields[5].replace(rb"\012", b"\n"), "mapped"
+            major, _, minor = fields[3].partition(b":")
+            yield os.makedev(int(major, 16), int(minor, 16)), int(fields[4]), fields[5]
 
 
-def _descriptors(pid: bytes) -> Iterator[tuple[bytes, bytes]]:
-    directory = b"/proc/%b/fd" % pid
+def _mountinfo(pid: int) -> tuple[MountInfo, ...]:
     try:
-        names = os.listdir(directory)
+        return parse_mountinfo(_read(b"/proc/%d/mountinfo" % pid))
+    except WireError:
+        return ()
+
+
+def _layers(mount: MountInfo, view: View) -> Iterator[bytes]:
+    """The paths of its layers if it is an overlay."""
+    if mount.fstype == OVERLAY:
+        for overlay in build_overlays([(view, mount)]):
+            yield from overlay.lowerdir
+            yield from overlay.data_only
+            if overlay.upperdir is not None:
+                yield overlay.upperdir
+
+
+def _namespace(pid: bytes) -> int:
+    try:
+        return mount_namespace(int(pid))
     except OSError:
-        return
-    for name in names:
-        if link := _readlink(directory + b"/" + name):
-            yield name, link
+        return 0
 
 
-def _watches(pid: bytes, device: int, watched: Mapping[int, bytes]) -> Iterator[bytes]:
-    if not watched:
-        return
-    superblock = os.major(device) << 20 | os.minor(device)
-    for descriptor, link in _descriptors(pid):
-        if link == _INOTIFY_LINK:
-            for inode, sdev in _WATCH.findall(_read(b"/proc/%b/fdinfo/%b" % (pid, descriptor))):
-                if int(sdev, 16) == superblock and int(inode, 16) in watched:
-                    yield watched[int(inode, 16)]
+def _object(link: bytes) -> Object | None:
+    try:
+        return identity_of(link)
+    except OSError:
+        return None
 
 
-def _command(pid: bytes) -> str:
-    return os.fsdecode(_read(b"/proc/%b/comm" % pid).rstrip(b"\n"))
-
-
-def _readlink(path: bytes) -> bytes:
+def _readlink(path: bytes) -> bytes | None:
+    """The text of a link, None if it is too long to be told, empty if the process is gone."""
     try:
         return os.readlink(path)
+    except OSError as error:
+        return None if error.errno == errno.ENAMETOOLONG else b""
+
+
+def _list(directory: bytes) -> list[bytes]:
+    try:
+        return os.listdir(directory)
     except OSError:
-        return b""
+        return []
 
 
 def _read(path: bytes) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from watchd.overlay.model import Overlay, ResolvedStack
+from watchd.kernel.namespaces import mount_namespace
+from watchd.overlay.model import MountPoint, Overlay, ResolvedStack
 from watchd.overlay.upper import Upper
 
 
@@ -60,6 +62,8 @@ class Target:
     userxattr: bool = False
     renames_directories: bool = False
     """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
+    on_server: bool = False
+    """Its mount point lies on a filesystem that somebody serves, so getting there may let one wait."""
     observe: bool = False
     """Verify and report, but do nothing."""
     actions: tuple[str, ...] = ("invalidate",)
@@ -73,3 +77,10 @@ class Target:
     """The upper and its workdir, writable. Raises LayerError. None without an upper."""
     budget: float = 0.1
     """Share of the time that may go into invalidating this mount."""
+
+    @property
+    def shown_at(self) -> Sequence[MountPoint]:
+        """Where it is mounted, with the namespaces and the mounts that show a part of it only."""
+        if self.overlay is not None:
+            return self.overlay.mount_points
+        return [MountPoint(path, mount_namespace(), os.getpid()) for path in self.mount_points]

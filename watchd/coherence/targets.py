@@ -48,6 +48,7 @@ def build_target(
     evict_limit_bytes: int = 256 << 20,
     budget: float = 0.1,
     telling_overlays: Collection[int] = (),
+    on_server: bool = False,
 ) -> Target:
     """A target for the overlay. Layers that are unknown fail when they are opened, not here.
 
@@ -73,6 +74,7 @@ def build_target(
         # Shown as on wherever there is no upper, where nothing can be renamed.
         renames_directories=overlay.upperdir is not None
         and overlay.options.get("redirect_dir", default_option("redirect_dir")) in ("on", "Y"),
+        on_server=on_server,
         observe=observe,
         actions=actions,
         evict_limit_bytes=evict_limit_bytes,

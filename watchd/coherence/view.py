@@ -120,16 +120,17 @@ class View:
     def pinned(self, stale: Sequence[Stale]) -> tuple[Stale, ...]:
         """The same with the processes that hold each. Looks through all processes."""
         device = os.fstat(self.merged).st_dev
-        inodes = {entry.path: self._inode(entry.path) for entry in stale}
-        holders = find_holders(Wanted(device, self._target.mount_points, inodes))
+        objects = {entry.path: self._object(entry.path) for entry in stale}
+        holders = find_holders(Wanted(device, self._target.shown_at, objects))
         return tuple(msgspec.structs.replace(entry, pinned_by=holders.get(entry.path, ())) for entry in stale)
 
-    def _inode(self, path: bytes) -> int:
+    def _object(self, path: bytes) -> tuple[int, int] | None:
         descriptor = self._cached(path)
         if descriptor < 0:
-            return 0
+            return None
         try:
-            return os.stat(descriptor).st_ino
+            status = os.stat(descriptor)
+            return status.st_dev, status.st_ino
         finally:
             os.close(descriptor)
 

@@ -70,7 +70,6 @@ FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
 FSCONFIG_CMD_RECONFIGURE = 7
 
-MOUNT_ATTR_RDONLY = 0x1
 
 _open_tree = system_call(428, "open_tree", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _move_mount = system_call(

@@ -23,7 +23,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from typing import Any, TypeVar
 
 from watchd.errors import DeadlineError, MountError
@@ -33,6 +33,9 @@ CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 _NS_GET_USERNS = 0xB701
+
+IDLE_MAX = 4
+"""So many threads wait for the next errand."""
 
 T = TypeVar("T")
 
@@ -98,17 +101,18 @@ def enter_for_good(pid: int, namespace: int) -> None:
 
 
 class Courier:
-    """A thread that runs errands inside other mount namespaces and comes home after each; for use from any thread.
+    """Threads that run errands inside other mount namespaces and come home after each; for use from any thread.
 
-    Errands run one at a time. An errand makes system calls only: an import or a lazily opened file would come from the other
-    namespace. One that overstays is given up with its thread, which stays in the other namespace until its call returns;
-    the next errand gets a new thread.
+    Errands run side by side. An errand makes system calls only: an import or a lazily opened file would come from the other
+    namespace. One that overstays is given up with its thread, which stays in the other namespace until its call returns.
     """
 
-    def __init__(self, *, timeout_s: float = 10.0) -> None:
+    def __init__(self, *, timeout_s: float | None = 10.0) -> None:
+        """None is for callers who know how to wait: a thread that is given up is lost for each try."""
         self._timeout_s = timeout_s
-        self._turn = threading.Lock()
-        self._jobs: _Jobs | None = None
+        self._lock = threading.Lock()
+        self._idle: list[_Jobs] = []
+        self._closed = False
 
     def run(
         self,
@@ -134,26 +138,35 @@ class Courier:
                 if not _settle(answer.set_result, result) and discard is not None:
                     discard(result)
 
-        with self._turn:
-            self._jobs = self._jobs or _start_thread()
-            self._jobs.put(go)
-            try:
-                return answer.result(self._timeout_s)
-            except TimeoutError:
-                if not answer.cancel():
-                    return answer.result()
-                self._dismiss()
-                raise DeadlineError(f"the mounts of process {pid} do not answer within {self._timeout_s:g} s") from None
+        jobs = self._take()
+        jobs.put(go)
+        wait([answer], self._timeout_s)
+        if answer.cancel():  # it is not done
+            jobs.put(None)
+            raise DeadlineError(f"the mounts of process {pid} do not answer within {self._timeout_s:g} s")
+        self._give_back(jobs)
+        return answer.result()
 
     def close(self) -> None:
-        """End the thread once its errand is done."""
-        with self._turn:
-            self._dismiss()
+        """End the threads; those that are on an errand once it is done."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for jobs in idle:
+            jobs.put(None)
 
-    def _dismiss(self) -> None:
-        if self._jobs is not None:
-            self._jobs.put(None)
-            self._jobs = None
+    def _take(self) -> _Jobs:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return _start_thread()
+
+    def _give_back(self, jobs: _Jobs) -> None:
+        with self._lock:
+            if len(self._idle) < IDLE_MAX and not self._closed:
+                self._idle.append(jobs)
+                return
+        jobs.put(None)
 
 
 class _Home:

@@ -66,6 +66,9 @@ def clone_mount(point: MountPoint, courier: Courier, *, device: str) -> int:
         found = os.fstat(fd).st_dev
         if device_name(found) != device:
             raise MountError(f"{os.fsdecode(point.path)} shows something else than the overlay {device} now")
+    except OSError as error:  # its server is gone, for instance
+        os.close(fd)
+        raise MountError(f"{os.fsdecode(point.path)}: {reason_of(error)}") from error
     except BaseException:
         os.close(fd)
         raise
@@ -90,6 +93,9 @@ def clone_directory(layer: LayerDirectory, courier: Courier) -> int:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino, handle_of(fd)) != (layer.device, layer.inode, layer.handle):
             raise LayerError(f"{shown}: the path shows something else now")
+    except OSError as error:
+        os.close(fd)
+        raise LayerError(f"{shown}: {reason_of(error)}") from error
     except BaseException:
         os.close(fd)
         raise

@@ -40,6 +40,7 @@ from watchd.service.layers import LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
+from watchd.service.patience import in_thread
 from watchd.service.stalelog import StaleLog
 from watchd.service.status import mounts_status, snapshot, state_of, status
 
@@ -58,6 +59,8 @@ SYNC_TIMEOUT_S = 30.0
 
 SYNC_ROUNDS = 4
 """A mount that was replaced is looked at anew, and then those around it may have to be replaced."""
+
+REASONS_SHOWN = 3
 
 SYNC_PAUSES_S = (0.01, 0.03, 0.1)
 """What somebody just opened for a moment seems held: before `sync` says so it looks again after these."""
@@ -96,11 +99,11 @@ class Daemon:
         )
         stack.push_async_callback(self._close_journal)
         self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
-        tools = Tools(Handles(), Courier(), DropCaches(int(config.coherence.drop_caches_interval)))
+        tools = Tools(Handles(), Courier(timeout_s=None), DropCaches(int(config.coherence.drop_caches_interval)))
         stack.callback(tools.courier.close)
         self._drop_caches = tools.drop_caches
         self._engine = Engine(self, tools)
-        stack.callback(self._engine.close)
+        stack.push_async_callback(in_thread, self._engine.close, name="end")
         self._stale_log = StaleLog(self._engine.state)
         stack.callback(self._stale_log.close)
         self._hooks = HookBook(
@@ -119,7 +122,14 @@ class Daemon:
             names=names,
             on_round=self._record_round,
         )
-        self._mounts = MountBook(config, layers=self._layers, engine=self._engine, metrics=self._metrics, names=names)
+        self._mounts = MountBook(
+            config,
+            layers=self._layers,
+            engine=self._engine,
+            metrics=self._metrics,
+            names=names,
+            on_answer=self._look.set,
+        )
         stack.push_async_callback(self._mounts.close)
         stack.push_async_callback(self._layers.close)
         self._metrics.show(partial(snapshot, self._mounts, self._layers, self._engine, self._journal))
@@ -135,8 +145,8 @@ class Daemon:
         )
         await self._control.start(config.control)
         stack.push_async_callback(self._control.close)
-        self._listen()
-        stack.callback(self._metrics.close)
+        await self._listen()
+        stack.push_async_callback(in_thread, self._metrics.close, name="end")
         self._metrics.reloaded(ok=True, time_s=time.time())
 
     async def _serve(self) -> None:
@@ -266,32 +276,43 @@ class Daemon:
         deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._mounts.refresh()
-                mounts = self._select(patterns)
+                mounts, unmatched = await self._select(patterns)
+                if unmatched:
+                    raise UsageError(
+                        f"no overlay mount matches {unmatched[0]!r}",
+                        remedy="see `watchd status` for those that are kept",
+                    )
                 for _ in range(SYNC_ROUNDS):
                     await self._verify(mounts, deadline_ns, every_layer=not patterns)
                     if all(self._engine.state(mount.overlay.device) for mount in mounts):
                         break
-                    await self._mounts.refresh()  # one was replaced or unmounted meanwhile
-                    mounts, _ = self._mounts.select(patterns)
+                    mounts, _ = await self._select(patterns)  # one was replaced or unmounted meanwhile
                 await self._journal.flush()
                 if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
                     await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
+            reasons = filter(None, (self._waits_for(mount) for mount in self._mounts.select(patterns)[0]))
             raise DeadlineError(
-                f"not everything was verified within {timeout_s:g} s", remedy="see `watchd status`, or raise --timeout"
+                "; ".join([f"not everything was verified within {timeout_s:g} s", *list(reasons)[:REASONS_SHOWN]]),
+                remedy="see `watchd status`, or raise --timeout",
             ) from None
         # What was unmounted meanwhile is not asked for any more.
         kept = [mount for mount in mounts if self._mounts.mounts.get(mount.overlay.device) is mount]
         return {"mounts": mounts_status(kept, self._engine)}
 
-    def _select(self, patterns: Sequence[str]) -> list[Mount]:
-        mounts, unmatched = self._mounts.select(patterns)
-        if unmatched:
-            raise UsageError(
-                f"no overlay mount matches {unmatched[0]!r}", remedy="see `watchd status` for those that are kept"
-            )
-        return mounts
+    def _waits_for(self, mount: Mount) -> str:
+        state, reason, *_ = state_of(mount, self._engine)
+        return mount.waiting(longer_than_s=0) or (reason if state == "failed" else "")
+
+    async def _select(self, patterns: Sequence[str]) -> tuple[list[Mount], list[str]]:
+        """See `MountBook.select`; what is asked for is looked up anew, and waited for until it is known what it is."""
+        while True:
+            answer = self._mounts.next_answer
+            await self._mounts.refresh()
+            mounts, unmatched = self._mounts.select(patterns)
+            if not any(mount.unseen for mount in mounts):
+                return mounts, unmatched
+            await asyncio.wait({answer})
 
     async def _verify(self, mounts: Sequence[Mount], deadline_ns: int, *, every_layer: bool) -> None:
         """Returns when all that happened before was looked at. Raises TimeoutError."""
@@ -306,7 +327,7 @@ class Daemon:
         for pause_s in (*SYNC_PAUSES_S, None):
             for level in levels:
                 devices = [mount.overlay.device for mount in level]
-                if not await self._loop.run_in_executor(None, self._engine.settle, devices, deadline_ns):
+                if not await in_thread(partial(self._engine.settle, devices, deadline_ns), name="settle"):
                     raise TimeoutError
             states = {state_of(mount, self._engine)[0] for level in levels for mount in level}
             if pause_s is None or not states & {"stale", "pinned"}:
@@ -325,7 +346,7 @@ class Daemon:
             notify(READY=1, STATUS=self._summary())
 
     async def _reconfigure(self) -> dict[str, Any]:
-        loaded = await self._loop.run_in_executor(None, load, self._config_file)
+        loaded = await in_thread(partial(load, self._config_file), name="reload")
         self._control.permit(loaded.config.control)
         old, self._config = self._config, loaded.config
         self._drop_caches.interval_ns = int(loaded.config.coherence.drop_caches_interval)
@@ -333,7 +354,7 @@ class Daemon:
         self._tell_unused()
         tell_missing_programs(loaded.config)
         if loaded.config.metrics != old.metrics:
-            self._listen()
+            await self._listen()
         await self._mounts.reconfigure(loaded.config)
         later = [
             key
@@ -353,8 +374,8 @@ class Daemon:
         except WatchdError as error:
             log.error("the old configuration stays: %s", error)
 
-    def _listen(self) -> None:
-        self._metrics.close()
+    async def _listen(self) -> None:
+        await in_thread(self._metrics.close, name="metrics")
         address = self._config.metrics.listen
         if address is None:
             return

@@ -35,6 +35,7 @@ from watchd.overlay.model import LayerDirectory
 from watchd.records import Change, Desync, Kind, Resync, Via
 from watchd.service.barriers import Barriers
 from watchd.service.names import NameBook
+from watchd.service.patience import LIMIT_S, Waiting, in_thread
 from watchd.sources.base import Batch, MovedIn, Source, Suspects, WatchedLayer
 from watchd.sources.fanotify import FanotifySource
 from watchd.sources.inotify import InotifySource
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 """So long the last collection before the end may take."""
+
+STUCK_S = 2.0
+"""What takes so long is said to be waited for."""
 
 RETRY_S = 5.0
 """A layer that could not be watched is tried again after so long."""
@@ -91,6 +95,10 @@ class Layer:
     scan_again: bool = False
     differences: int = 0
     retry_at: float = 0.0
+    watching: asyncio.Task[None] | None = None
+    """The attempt to have a source watch it, while it lasts."""
+    asked_at: float = 0.0
+    """When that began; CLOCK_MONOTONIC, seconds."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while nothing is missing that could be had: live or failed."""
 
@@ -101,6 +109,11 @@ class Layer:
             self.settled.set()
         else:
             self.settled.clear()
+
+    def waiting(self, *, longer_than_s: float = STUCK_S) -> Waiting | None:
+        """Since when its filesystem gives no answer."""
+        since = self.asked_at if self.watching is not None else 0.0 if self.worker is None else self.worker.busy_since
+        return Waiting(since) if since and time.monotonic() - since >= longer_than_s else None
 
 
 class LayerBook:
@@ -127,7 +140,8 @@ class LayerBook:
         self._workers: dict[object, Worker] = {}
         self._starting: list[Worker] = []
         """Asked to watch a layer just now, so not to be discarded though no layer has them yet."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        """Workers that are not needed any more, until they have ended."""
         self._routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._taken_in = threading.Event()
@@ -141,27 +155,37 @@ class LayerBook:
     # ---- layers that come and go ------------------------------------------------------------------------------------
 
     async def adopt(self, watched: WatchedLayer, directory: LayerDirectory, *, name: str, backend: str) -> Layer:
-        """Watch a layer; its state tells whether that worked."""
+        """Watch a layer; its state tells whether that worked, or `waiting` that it may take longer."""
         layer = Layer(name, directory, watched, backend)
         self.layers[key_of(directory)] = layer
-        await self._watch(layer)
+        await self.watch(layer)
         return layer
+
+    async def watch(self, layer: Layer) -> None:
+        """Returns when the layer is watched or cannot be, or after LIMIT_S: then that goes on by itself."""
+        if layer.watching is None:
+            layer.asked_at = time.monotonic()
+            layer.watching = self._loop.create_task(self._watch(layer))
+        attempt = layer.watching
+        await asyncio.wait({attempt}, timeout=LIMIT_S)
+        if attempt.done() and not attempt.cancelled():
+            attempt.result()
 
     async def retry(self) -> None:
         """Try again to watch what could not be watched."""
         now = time.monotonic()
         # Not every layer without a worker failed: one inside another overlay is live through the layers of that.
-        for layer in [layer for layer in self.layers.values() if layer.state == "failed" and layer.retry_at <= now]:
-            if layer.worker is None:
-                await self._watch(layer)
+        failed = [layer for layer in self.layers.values() if layer.state == "failed" and layer.worker is None]
+        due = [layer for layer in failed if layer.retry_at <= now and layer.watching is None]
+        await asyncio.gather(*map(self.watch, due))
 
-    async def drop(self, layer: Layer) -> None:
+    def drop(self, layer: Layer) -> None:
         """Stop watching; the journal says that changes may be missing from now on."""
         if layer.complete_ns:
             self._desync(layer, "source-lost")  # while its mark is still kept, so that its return closes this desync
         del self.layers[key_of(layer.directory)]
         self._names.release(layer.name)
-        await self._unwatch(layer)
+        self._unwatch(layer)
         layer.become("failed", "not watched any more")  # for whoever waits for it
         self.reroute()
 
@@ -171,38 +195,49 @@ class LayerBook:
 
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
+        answering = {layer.worker for layer in self.layers.values() if layer.worker and not layer.waiting()}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._barriers.wait(set(self._workers.values()))
+                await self._barriers.wait(answering)
         self._closing = True
         self._note_marks()
-        for worker in list(self._workers.values()):
-            await self._loop.run_in_executor(None, worker.stop)
-        self._workers.clear()
+        attempts = [layer.watching for layer in self.layers.values() if layer.watching is not None]
+        for layer in self.layers.values():
+            self._unwatch(layer)
+        await asyncio.gather(*attempts, return_exceptions=True)
+        await asyncio.gather(*self._ending)
 
     async def rewatch(self, settings: Sources) -> None:
         """Use other settings for all sources from now on."""
         if settings == self.settings:
             return
         self.settings = settings
-        for layer in list(self.layers.values()):
+        for layer in self.layers.values():
             self._desync(layer, "restart")
-            await self._unwatch(layer)
-            await self._watch(layer)
+            self._unwatch(layer)
+        if self._ending:  # there is a limit to how many sources there may be
+            await asyncio.wait(self._ending, timeout=LIMIT_S)
+        await asyncio.gather(*map(self.watch, list(self.layers.values())))
 
     async def _watch(self, layer: Layer) -> None:
+        try:
+            await self._try_to_watch(layer)
+        finally:
+            if layer.watching is asyncio.current_task():
+                layer.watching = None
+            self._discard_unused()
+
+    async def _try_to_watch(self, layer: Layer) -> None:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
                 layer.worker = await self._start(layer, self._worker(backend, layer))
             except UnsupportedError as error:
                 layer.become("failed", str(error))
-                await self._discard_unused()
                 if layer.directory.magic == OVERLAYFS_MAGIC:
                     break  # no inotify: its watches would pin what they watch in the inner overlay's cache
             except (WatchdError, OSError) as error:
                 layer.become("failed", str(error))
-                await self._discard_unused()
                 break
             else:
                 self._began(layer, started_ns)
@@ -216,6 +251,9 @@ class LayerBook:
         self._starting.append(worker)
         try:
             await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+        except asyncio.CancelledError:
+            worker.submit(partial(worker.source.remove, layer.name))  # when it is done adding it
+            raise
         finally:
             self._starting.remove(worker)
         if worker.is_broken:  # its loss may have been told before it was the layer's
@@ -260,28 +298,30 @@ class LayerBook:
         else:
             layer.complete_ns = started_ns
             layer.become("live")
+            self._engine.doubt(layer.devices)  # mounts that were there before it was watched
             self._unmarked = True
             self._note_marks()
 
-    async def _unwatch(self, layer: Layer) -> None:
+    def _unwatch(self, layer: Layer) -> None:
+        if layer.watching is not None:
+            layer.watching.cancel()
+            layer.watching = None
         if layer.worker is not None:
             worker, layer.worker = layer.worker, None
             worker.submit(partial(worker.source.remove, layer.name))
-        await self._discard_unused()
+        self._discard_unused()
 
-    async def _discard_unused(self) -> None:
+    def _discard_unused(self) -> None:
+        """End workers that no layer has; nobody waits for them but the end of the daemon."""
         used = {*self._starting, *(layer.worker for layer in self.layers.values())}
         unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
         for key, _ in unused:
             del self._workers[key]
         self._barriers.keep(self._workers.values())
         for _, worker in unused:
-            await self._loop.run_in_executor(None, worker.stop)
-
-    def _discard_soon(self) -> None:
-        task = self._loop.create_task(self._discard_unused())
-        self._tasks.add(task)  # the loop itself keeps no reference
-        task.add_done_callback(self._tasks.discard)
+            ending = self._loop.create_task(in_thread(worker.stop, name="end"))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
     # ---- what the workers tell (called in their threads) ------------------------------------------------------------
 
@@ -292,7 +332,7 @@ class LayerBook:
         number = next(self._numbers)
         suspects = suspects_of(batch.changes) if batch.suspects is None else batch.suspects
         rounds = self._suspect(suspects, number, batch.read_ns)
-        self._wait_for_room()
+        self._wait_for_room(worker)
         if batch.look is not None:
             batch.changes += batch.look()
         for name in batch.linked:
@@ -326,9 +366,10 @@ class LayerBook:
             function(*arguments)
         self._taken_in.set()
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, worker: Worker) -> None:
         """In a worker's thread: wait while the loop or the disk cannot follow."""
         while (len(self._inbox) > INBOX_MAX or self._journal.pending > PENDING_MAX) and not self._closing:
+            worker.rests()
             self._taken_in.clear()
             self.flush()
             self._taken_in.wait(ROOM_INTERVAL_S)
@@ -410,7 +451,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = 0.0
-        self._discard_soon()
+        self._discard_unused()
 
     def _recover(self, layer: Layer) -> None:
         """Find what was missed: the source first, so that nothing falls between, then a scan."""
@@ -455,7 +496,7 @@ class LayerBook:
             layer.worker = None
             layer.become("failed", str(error))
             layer.retry_at = time.monotonic() + RETRY_S
-            self._discard_soon()
+            self._discard_unused()
             return
         if layer.scan_again:
             self._recover(layer)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,16 +20,18 @@ from watchd.coherence.target import Outer, Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of, primary_point
 from watchd.config.schema import Config
 from watchd.config.schema import Layer as ConfiguredLayer
-from watchd.errors import LayerError
+from watchd.errors import WatchdError
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
-from watchd.overlay.discovery import Namespaces, find_namespaces, matches
+from watchd.overlay.discovery import Discovery, Namespaces, find_namespaces, matches, read_overlays
 from watchd.overlay.layers import look_up
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name, device_number
 from watchd.overlay.mountwatch import MountWatch
-from watchd.service.layers import OVERLAYFS_MAGIC, Key, Layer, LayerBook, key_of
+from watchd.overlay.servers import Served, lies_on, served_mounts, servers_of, servers_on
+from watchd.service.layers import OVERLAYFS_MAGIC, STUCK_S, Key, Layer, LayerBook, key_of
 from watchd.service.names import NameBook
+from watchd.service.patience import Patience, Waiting, in_thread
 from watchd.service.survey import Sighting, Survey, survey
 from watchd.sources.base import WatchedLayer
 
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 NESTING_MAX = 8
 """The kernel allows overlays in overlays two deep (FILESYSTEM_MAX_STACK_DEPTH); this is only a bound."""
+
+
+_NOTHING_KNOWN = ResolvedStack("", None, (), (), proven=False)
 
 
 @dataclass(eq=False)
@@ -50,22 +54,73 @@ class Mount:
     layers: list[Layer]
     unknown: tuple[LayerDirectory, ...]
     """Layers that could not be found, with the reason in `error`."""
+    unseen: Waiting | None = None
+    """Since when it is waited for what the mount is; without layers it is not kept before that is known."""
+    unchecked: tuple[LayerDirectory, Waiting] | None = None
+    """A layer that did not answer when its path was looked at last."""
+
+    def waiting(self, *, longer_than_s: float = STUCK_S) -> str:
+        """What gives no answer and for how long, in words for people; "" if nothing is waited for."""
+        if self.unseen is not None:
+            return f"waiting for {servers_of(self.overlay) or 'its layers'} {self.unseen}"
+        for layer in self.layers:
+            if reason := layer_waiting(layer, longer_than_s=longer_than_s):
+                return f"layer {layer.name}: {reason}"
+        if self.unchecked is not None:
+            directory, waiting = self.unchecked
+            return f"waiting for {_servers(directory) or os.fsdecode(directory.path)} {waiting}"
+        return ""
+
+
+def layer_waiting(layer: Layer, *, longer_than_s: float = STUCK_S) -> str:
+    """The same for a layer."""
+    waiting = layer.waiting(longer_than_s=longer_than_s)
+    if waiting is None:
+        return ""
+    servers = _servers(layer.directory)
+    if not servers and layer.watching is None and longer_than_s:
+        return ""  # nobody to wait for: there is much to do
+    return f"waiting for {servers or os.fsdecode(layer.directory.path)} {waiting}"
+
+
+def _servers(directory: LayerDirectory) -> str:
+    return servers_on(directory.path, directory.view.pid)
 
 
 class MountBook:
     """All merged mounts that are kept, and the layers that they need."""
 
-    def __init__(self, config: Config, *, layers: LayerBook, engine: Engine, metrics: Metrics, names: NameBook) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        layers: LayerBook,
+        engine: Engine,
+        metrics: Metrics,
+        names: NameBook,
+        on_answer: Callable[[], None],
+    ) -> None:
+        """`on_answer` is called when something that gave no answer has given it: a refresh brings it into the books."""
         self.config = config
         self.mounts: dict[str, Mount] = {}
         self.problems: tuple[str, ...] = ()
-        self.courier = Courier()
+        self.courier = Courier(timeout_s=None)  # everybody here waits with patience
         self._layers, self._engine, self._metrics, self._names = layers, engine, metrics, names
         self._watch = MountWatch.open()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="survey")
+        self._looking = Patience("survey", on_late=self._answered)
+        self._checking = Patience("check", on_late=self._answered)
+        self._on_answer = on_answer
         self._lock = asyncio.Lock()
         self._namespaces = Namespaces({})
+        self._served: dict[int, tuple[Served, ...]] = {}
         self._loop = asyncio.get_running_loop()
+        self.next_answer: asyncio.Future[None] = self._loop.create_future()
+        """Done when something that gave no answer has given it; then there is another one."""
+
+    def _answered(self) -> None:
+        self.next_answer.set_result(None)
+        self.next_answer = self._loop.create_future()
+        self._on_answer()
 
     def fileno(self) -> int:
         """Readable when mounts came or went."""
@@ -79,7 +134,8 @@ class MountBook:
         """Look at the host and bring the books in line with it."""
         async with self._lock:
             problems = await self._watch_configured()
-            found = await self._loop.run_in_executor(self._thread, self._survey, self._known())
+            overlays = await in_thread(self._read_overlays, name="survey")
+            found = await survey(overlays, self.config.discovery, self._known(), self.courier, self._looking)
             self._tell_problems((*problems, *found.problems))
             await self._apply(found)
             await self._layers.retry()
@@ -87,13 +143,14 @@ class MountBook:
     async def namespaces_changed(self) -> bool:
         """Whether there are other mount namespaces than at the last refresh; cheap."""
         scope = self.config.discovery.namespaces
-        found = await self._loop.run_in_executor(self._thread, find_namespaces, scope)
+        found = await in_thread(partial(find_namespaces, scope), name="survey")
         return found.pids != self._namespaces.pids
 
     def troubled(self) -> bool:
         """Whether something is worth another refresh although no mount event came."""
         return any(layer.state == "failed" for layer in self._layers.layers.values()) or any(
-            (state := self._engine.state(device)) is not None and state.error for device in self.mounts
+            mount.unseen or ((state := self._engine.state(device)) is not None and state.error)
+            for device, mount in self.mounts.items()
         )
 
     def select(self, patterns: Iterable[str]) -> tuple[list[Mount], list[str]]:
@@ -107,23 +164,21 @@ class MountBook:
 
     async def check_layers(self, mounts: Sequence[Mount]) -> None:
         """See whether the layers of these mounts are still what their paths lead to; an overlay goes on with the old ones."""
-        found = await self._loop.run_in_executor(self._thread, self._displaced, [mount.stack for mount in mounts])
-        for mount, reason in zip(mounts, found, strict=True):
+        known = {layer for mount in mounts for layer in layers_of(mount.stack) if not layer.error}
+        found = await self._checking.ask({layer: partial(self._why_displaced, layer) for layer in known})
+        for mount in mounts:
+            answers = [(layer, found[layer]) for layer in layers_of(mount.stack) if layer in found]
+            mount.unchecked = next(((layer, a) for layer, a in answers if isinstance(a, Waiting)), None)
+            reason = next((answer for _, answer in answers if isinstance(answer, str) and answer), "")
+            if mount.unchecked is not None and not reason:
+                continue
             if self._engine.displace(mount.overlay.device, reason) and reason:
                 log.warning("%s: %s", mount.overlay.device, reason)
-
-    def _displaced(self, stacks: Sequence[ResolvedStack]) -> list[str]:
-        known: dict[LayerDirectory, str] = {}
-        for stack in stacks:
-            for layer in layers_of(stack):
-                if not layer.error and layer not in known:
-                    known[layer] = self._why_displaced(layer)
-        return [next((known[one] for one in layers_of(stack) if known.get(one)), "") for stack in stacks]
 
     def _why_displaced(self, layer: LayerDirectory) -> str:
         try:
             os.close(clone_directory(layer, self.courier))
-        except LayerError as error:
+        except (WatchdError, OSError) as error:
             return str(error)
         return ""
 
@@ -133,21 +188,22 @@ class MountBook:
             self.config = config
             await self._layers.rewatch(config.sources)
             for mount in self.mounts.values():
-                self._engine.retarget(self._target(mount.overlay, mount.stack))
+                if mount.stack is not _NOTHING_KNOWN:
+                    self._engine.retarget(self._target(mount.overlay, mount.stack))
         await self.refresh()
 
     async def close(self) -> None:
         """Give up what is held."""
         async with self._lock:
             self._watch.close()
-            self._thread.shutdown()
             self.courier.close()
 
-    def _survey(self, known: dict[str, frozenset[int]]) -> Survey:
+    def _read_overlays(self) -> Discovery:
         namespaces = find_namespaces(self.config.discovery.namespaces)
         self._watch.watch(namespaces.pids)
         self._namespaces = namespaces
-        return survey(namespaces, self.config.discovery, known, self.courier)
+        self._served = {namespace: served_mounts(pid) for namespace, pid in namespaces.pids.items()}
+        return read_overlays(namespaces)
 
     def _known(self) -> dict[str, frozenset[int]]:
         """Mounts in good order; the layers of the others are looked up again."""
@@ -169,19 +225,28 @@ class MountBook:
     async def _apply(self, found: Survey) -> None:
         for device, mount in list(self.mounts.items()):
             sighting = found.sightings.get(device)
-            if sighting is None or (sighting.stack is not None and not _same(mount, sighting)):
-                await self._remove(device)
+            if sighting is None or not (_same(mount, sighting) or mount.stack is _NOTHING_KNOWN):
+                self._remove(device)
+        new = []
         for device, sighting in found.sightings.items():
-            if device in self.mounts:
+            if device in self.mounts and _same(self.mounts[device], sighting):
                 self._update(self.mounts[device], sighting)
-            elif sighting.stack is not None:
-                await self._add(sighting, sighting.stack)
+            else:
+                new.append(sighting)
+        watched = [directory for sighting in new if sighting.stack for directory in _found(sighting.stack.lowers)]
+        await asyncio.gather(*map(self._layer, {key_of(directory): directory for directory in watched}.values()))
+        for sighting in new:
+            self._add(sighting)
         await self._nest()
-        await self._drop_unused()
+        self._drop_unused()
 
-    async def _add(self, sighting: Sighting, stack: ResolvedStack) -> None:
-        overlay = sighting.overlay
-        layers = [await self._layer(directory) for directory in stack.lowers if not directory.error]
+    def _add(self, sighting: Sighting) -> None:
+        overlay, stack = sighting.overlay, sighting.stack
+        if stack is None:
+            if sighting.waiting is not None:
+                self._wait_for(overlay, sighting.waiting)
+            return
+        layers = [self._layers.layers[key_of(directory)] for directory in _found(stack.lowers)]
         unknown = tuple(directory for directory in stack.lowers if directory.error)
         mount = Mount(overlay, sighting.mount_ids, stack, layers, unknown)
         self.mounts[overlay.device] = mount
@@ -193,19 +258,28 @@ class MountBook:
         for directory in unknown:
             log.warning("layer %s of %s: %s", os.fsdecode(directory.path), overlay.device, directory.error)
 
-    async def _remove(self, device: str) -> None:
+    def _wait_for(self, overlay: Overlay, waiting: Waiting) -> None:
+        """Show a mount that cannot be kept before it is known what it is."""
+        self.mounts[overlay.device] = mount = Mount(overlay, frozenset(), _NOTHING_KNOWN, [], (), unseen=waiting)
+        log.warning("%s (%s): %s", os.fsdecode(primary_point(overlay).path), overlay.device, mount.waiting())
+
+    def _remove(self, device: str) -> None:
         mount = self.mounts.pop(device)
         self._engine.remove(device)
         self._metrics.forget_mount(device)
         for layer in mount.layers:
             layer.devices.discard(device)
         self._layers.reroute()
-        log.info("%s (%s) is gone", os.fsdecode(primary_point(mount.overlay).path), device)
+        if mount.layers or mount.unknown:
+            log.info("%s (%s) is gone", os.fsdecode(primary_point(mount.overlay).path), device)
 
     def _update(self, mount: Mount, sighting: Sighting) -> None:
+        mount.unseen = sighting.waiting
         if mount.overlay == sighting.overlay and mount.mount_ids == sighting.mount_ids:
             return
         mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids or mount.mount_ids
+        if mount.stack is _NOTHING_KNOWN:
+            return
         self._engine.retarget(self._target(mount.overlay, mount.stack))
 
     async def _nest(self) -> None:
@@ -247,6 +321,8 @@ class MountBook:
     async def _layer(self, directory: LayerDirectory, *, configured: ConfiguredLayer | None = None) -> Layer:
         layer = self._layers.layers.get(key_of(directory))
         if layer is not None:
+            if layer.watching is not None:
+                await self._layers.watch(layer)
             return layer
         configured = configured or self._configuration_of(directory)
         wanted = configured.name if configured and isinstance(configured.name, str) else None
@@ -270,10 +346,15 @@ class MountBook:
     async def _watch_configured(self) -> list[str]:
         """Layers of the configuration are watched whether or not something is mounted on them; returns the problems."""
         wanted, problems = set(), []
-        for configured in self.config.layers:
-            view = View(os.getpid(), mount_namespace())
-            look = partial(look_up, os.fsencode(configured.path), view=view)
-            directory = await self._loop.run_in_executor(self._thread, look)
+        view = View(os.getpid(), mount_namespace())
+        paths = {os.fsencode(configured.path): configured for configured in self.config.layers}
+        found = await self._checking.ask({path: partial(look_up, path, view=view) for path in paths})
+        for path, configured in paths.items():
+            directory = found[path]
+            if isinstance(directory, Waiting):
+                problems.append(f"layers: waiting for {servers_on(path, view.pid) or configured.path}")
+                wanted |= {key for key, layer in self._layers.layers.items() if layer.directory.path == path}
+                continue
             if directory.error:
                 problems.append(f"layers: {configured.path}: {directory.error}; create it or take it out of `layers`")
                 continue
@@ -284,10 +365,10 @@ class MountBook:
             layer.configured = layer.configured and key in wanted
         return problems
 
-    async def _drop_unused(self) -> None:
+    def _drop_unused(self) -> None:
         for layer in list(self._layers.layers.values()):
             if not layer.devices and not layer.configured:
-                await self._layers.drop(layer)
+                self._layers.drop(layer)
 
     def _target(self, overlay: Overlay, stack: ResolvedStack) -> Target:
         coherence = self.config.coherence_for(point.path for point in overlay.mount_points)
@@ -300,12 +381,17 @@ class MountBook:
             evict_limit_bytes=int(coherence.evict_limit),
             budget=float(coherence.budget),
             telling_overlays=self._telling_overlays(),
+            on_server=any(
+                lies_on(os.path.dirname(point.path), self._served.get(point.namespace, ()))
+                for point in overlay.mount_points
+            ),
         )
 
     def _telling_overlays(self) -> set[int]:
         telling: set[int] = set()
         for device, mount in self.mounts.items():  # an inner one is mounted, and so found, before those around it
-            if all(cache_tells(layer, telling) for layer in layers_of(mount.stack)):
+            layers = layers_of(mount.stack)
+            if layers and all(cache_tells(layer, telling) for layer in layers):
                 telling.add(device_number(device))
         return telling
 
@@ -325,7 +411,12 @@ def _below(directory: LayerDirectory, inner: Overlay) -> bytes | None:
 def _same(mount: Mount, sighting: Sighting) -> bool:
     """Whether a sighting is of the mount that is known, layers included, and not of another one with its number."""
     known, now = mount.mount_ids, sighting.mount_ids
-    assert sighting.stack is not None
+    if sighting.waiting is not None:
+        return _layers_shown(mount.overlay) == _layers_shown(sighting.overlay)
+    if sighting.stack is None:  # told by its mount ids
+        return True
+    if mount.stack is _NOTHING_KNOWN:  # it is shown until the mount is kept
+        return False
     if known and now and not known & now:
         return False
     if known & now and not mount.unknown:
@@ -338,6 +429,14 @@ def _same(mount: Mount, sighting: Sighting) -> bool:
 
 def _shown(overlay: Overlay) -> Overlay:
     return msgspec.structs.replace(overlay, mount_points=())
+
+
+def _found(directories: Iterable[LayerDirectory]) -> list[LayerDirectory]:
+    return [directory for directory in directories if not directory.error]
+
+
+def _layers_shown(overlay: Overlay) -> tuple[object, ...]:
+    return overlay.lowerdir, overlay.data_only, overlay.upperdir
 
 
 def _keys(stack: ResolvedStack) -> list[Key]:

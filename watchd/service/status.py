@@ -13,8 +13,10 @@ from watchd.coherence.pins import Holder
 from watchd.coherence.view import Stale
 from watchd.journal.writer import Journal
 from watchd.metrics import Snapshot
+from watchd.overlay.servers import servers_of
 from watchd.service.layers import Layer, LayerBook
-from watchd.service.mounts import Mount, MountBook
+from watchd.service.mounts import Mount, MountBook, layer_waiting
+from watchd.service.patience import Waiting
 
 FILESYSTEMS = {
     0xEF53: "ext4",
@@ -82,8 +84,15 @@ def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journ
 def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...], dict[str, int]]:
     """State, reason, what is stale, and how often which action was taken."""
     known = engine.state(mount.overlay.device)
+    waiting = mount.waiting()
     if known is None:
-        return "failed", "not kept any more", (), {}
+        return "failed", waiting or "not kept any more", (), {}
+    if waiting:
+        return "failed", waiting, known.stale, {**known.actions}
+    if known.waiting_since_ns is not None and (servers := servers_of(mount.overlay)):
+        # With no server on the way it is a long round, and what was known last still holds.
+        waiting = f"waiting for {servers} {Waiting(known.waiting_since_ns / 1e9)}"
+        return "failed", waiting, known.stale, {**known.actions}
     if mount.unknown:
         return (
             "failed",
@@ -131,12 +140,14 @@ def _holder(holder: Holder) -> dict[str, Any]:
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
+    waiting = layer_waiting(layer)
+    state = "failed" if waiting and layer.state == "live" else layer.state
     return {
         "name": layer.name,
         **name(layer.directory.path),
         "fstype": FILESYSTEMS.get(layer.directory.magic, f"{layer.directory.magic:#x}"),
         "backend": layer.worker.source.backend if layer.worker else None,
-        "state": layer.state,
-        "reason": layer.reason,
+        "state": state,
+        "reason": waiting or layer.reason,
         "mounts": sorted(layer.devices),
     }

@@ -1,24 +1,27 @@
-"""Look for overlay mounts and their layers. Everything here waits for filesystems, so it runs in a thread.
+"""Look for overlay mounts and their layers. Whatever waits for a filesystem is asked with patience.
 
-Facts: device numbers of overlays are used again at once, and a mount that was unmounted and mounted again with the same options
-looks the same in mountinfo. Mount ids of statx(2) are never used again (6.8), so they tell; where they cannot be had, mountinfo
-has to do.
+Facts
+* Device numbers of overlays are used again at once, and a mount that was unmounted and mounted again with the same options
+  looks the same in mountinfo. Mount ids of statx(2) are never used again (6.8), so they tell; where they cannot be had,
+  mountinfo has to do.
+* /proc, mountinfo included, waits for no filesystem.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from watchd.config.schema import Discovery
+from watchd.config.schema import Discovery as Selection
 from watchd.errors import WatchdError
 from watchd.kernel.namespaces import Courier
-from watchd.kernel.statx import mount_id
+from watchd.kernel.statx import mount_of
 from watchd.overlay.access import in_view
-from watchd.overlay.discovery import Namespaces, is_selected, read_overlays
+from watchd.overlay.discovery import Discovery, is_selected
 from watchd.overlay.layers import resolve
 from watchd.overlay.model import Overlay, ResolvedStack, device_number
+from watchd.service.patience import Patience, Waiting
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ class Sighting:
     """An overlay that is mounted now."""
 
     overlay: Overlay
-    mount_ids: frozenset[int]
-    stack: ResolvedStack | None
-    """None: known already, and not looked up again."""
+    mount_ids: frozenset[int] = frozenset()
+    stack: ResolvedStack | None = None
+    """None: known already, and not looked up again; or nobody answered."""
+    waiting: Waiting | None = None
+    """Since when it is waited for what the rest would say."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,39 @@ class Survey:
     problems: tuple[str, ...] = ()
 
 
-def survey(
-    namespaces: Namespaces, selection: Discovery, known: Mapping[str, frozenset[int]], courier: Courier
+_Seen = tuple[frozenset[int], ResolvedStack | None]
+
+
+async def survey(
+    found: Discovery, selection: Selection, known: Mapping[str, frozenset[int]], courier: Courier, patience: Patience
 ) -> Survey:
-    """All selected overlays. `known`: mount ids of those whose layers need not be looked up again, by device."""
-    found = read_overlays(namespaces)
-    sightings = {}
-    for overlay in found.overlays:
-        if not is_selected(overlay, include=selection.include, exclude=selection.exclude):
-            continue
-        ids = _mount_ids(overlay, courier)
-        same = ids & known.get(overlay.device, frozenset())
-        sightings[overlay.device] = Sighting(overlay, ids, None if same else resolve(overlay, courier))
-    return Survey(sightings, found.problems)
+    """All selected overlays of those found. `known`: mount ids of those whose layers need not be looked up again, by device."""
+    selected = [
+        overlay
+        for overlay in found.overlays
+        if is_selected(overlay, include=selection.include, exclude=selection.exclude)
+    ]
+    questions = {
+        _key(overlay): partial(_look, overlay, known.get(overlay.device, frozenset()), courier) for overlay in selected
+    }
+    answers = await patience.ask(questions)
+    return Survey({overlay.device: _sighting(overlay, answers[_key(overlay)]) for overlay in selected}, found.problems)
+
+
+def _key(overlay: Overlay) -> Hashable:
+    """What an overlay is told by, lest an answer be taken for that of another one with the same number."""
+    return overlay.device, overlay.lowerdir, overlay.upperdir
+
+
+def _sighting(overlay: Overlay, answer: _Seen | Waiting) -> Sighting:
+    if isinstance(answer, Waiting):
+        return Sighting(overlay, waiting=answer)
+    return Sighting(overlay, *answer)
+
+
+def _look(overlay: Overlay, known: frozenset[int], courier: Courier) -> _Seen:
+    ids = _mount_ids(overlay, courier)
+    return ids, None if ids & known else resolve(overlay, courier)
 
 
 def _mount_ids(overlay: Overlay, courier: Courier) -> frozenset[int]:
@@ -60,13 +85,9 @@ def _mount_ids(overlay: Overlay, courier: Courier) -> frozenset[int]:
     ids = set()
     for point in overlay.mount_points:
         try:
-            ids.add(in_view(point.view, lambda path=point.path: _mount_id(path, device), courier=courier))  # type: ignore[misc]
+            found, mount = in_view(point.view, partial(mount_of, point.path), courier=courier)
         except (OSError, WatchdError):
             continue
+        if found == device:
+            ids.add(mount)
     return frozenset(ids)
-
-
-def _mount_id(path: bytes, device: int) -> int:
-    if os.stat(path).st_dev != device:
-        raise FileNotFoundError(path)
-    return mount_id(path)

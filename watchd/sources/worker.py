@@ -35,7 +35,7 @@ GATHER_RECORDS = 2000
 GATHER_MS = 5
 """After a batch of so many names the next read waits a little, so that the kernel merges more into each record."""
 
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
 _INT = struct.Struct("=i")
@@ -74,12 +74,18 @@ class Worker(threading.Thread):
         self._stopping = False
         self._broken = False
         self._unflushed_ns = 0
+        self.busy_since = 0.0
+        """When the step began that the thread is at, CLOCK_MONOTONIC in seconds; 0 while it rests."""
         self._lock = threading.Lock()
 
     @property
     def is_broken(self) -> bool:
         """Whether the source was lost."""
         return self._broken
+
+    def rests(self) -> None:
+        """Told in its thread: it is not the filesystem that it waits for."""
+        self.busy_since = 0.0
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` in the worker's thread."""
@@ -149,7 +155,9 @@ class Worker(threading.Thread):
             self.source.close()
 
     def _step(self, poll: select.poll) -> None:
+        self.rests()
         ready = self._wait(poll)
+        self.busy_since = time.monotonic()
         if self._wake in ready:
             self._run_work()
         if not self._broken and self.source.fileno() in ready:
