@@ -9,6 +9,7 @@ Facts
 * A directory that is moved in from outside brings contents that no event tells of.
 * Events are queued before the changing system call returns, one queue for all marks of a group. So an event that watchd makes
   itself in a directory that the group marks too is a barrier: once it is read, everything before it was read.
+* What is busy outside of every layer is muted in the kernel (`watchd.sources.mute`).
 * MODIFY tells of writes as they happen; CLOSE_WRITE of those through mmap, which nothing else tells of.
 """
 
@@ -25,6 +26,7 @@ from watchd.kernel.files import FileHandle, name_to_handle_at, open_by_handle_at
 from watchd.records import Change, Kind
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
+from watchd.sources.mute import Mutes
 from watchd.sources.tree import DirectoryTree
 from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
 
@@ -46,6 +48,9 @@ _KINDS = (
     (fan.FAN_MODIFY | fan.FAN_CLOSE_WRITE, Kind.MODIFY),
     (fan.FAN_ATTRIB, Kind.ATTRIB),
 )
+_Directories = dict[bytes, list[tuple[bytes, int, bytes]]]
+"""By the handle of the directory: name, its value and key in `Events.names`."""
+
 _UNSUPPORTED = (errno.EXDEV, errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -67,6 +72,7 @@ class FanotifySource:
         self._layers: dict[str, WatchedLayer] = {}
         self._opened: list[int] = []
         self._tree = DirectoryTree(self._anchors)
+        self.mutes = Mutes(self._group, self._tree)
         self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
         self._kinds: dict[int, int] = {}
 
@@ -88,6 +94,7 @@ class FanotifySource:
         self.idle()
         self._layers[layer.name] = layer
         self._tree.add_root(layer.root.pack(), layer.name)
+        self.mutes.clear()  # any of them may lie in this layer
 
     def remove(self, name: str) -> None:
         self._layers.pop(name, None)
@@ -96,6 +103,7 @@ class FanotifySource:
 
     def recover(self) -> None:
         self._tree.clear()
+        self.mutes.clear()  # the rename that brought one of them into a layer may have been lost
 
     def idle(self) -> None:
         while self._opened:
@@ -112,21 +120,19 @@ class FanotifySource:
         if not events.records:
             return None
         self._tree.begin()
-        moved_in = self._learn_directories(events)
+        linked: set[str] = set()
+        moved_in = self._learn_directories(events, linked)
         directories, barriers = self._by_directory(events)
-        groups: list[tuple[bytes, Place, list[Touch]]] = []
+        groups = self._in_layers(directories, events)
         counts: dict[str, int] = {}
         suspects: dict[str, dict[bytes, int]] = {}
-        for handle, names in directories.items():
-            for place in self._tree.places(handle):
-                touches = self._touches(place, names, events)
-                groups.append((handle, place, touches))
-                counts[place.layer] = counts.get(place.layer, 0) + len(touches)
-                stale = suspects.setdefault(place.layer, {})
-                for touch in touches:
-                    if touch.kinds != Kind.MODIFY:
-                        stale[touch.path] = touch.kinds
-        linked: set[str] = set()
+        for _, place, touches in groups:
+            counts[place.layer] = counts.get(place.layer, 0) + len(touches)
+            stale = suspects.setdefault(place.layer, {})
+            for touch in touches:
+                if touch.kinds != Kind.MODIFY:
+                    stale[touch.path] = touch.kinds
+        self.mutes.update(read_ns)
         return Batch(
             changes=[],
             records=counts,
@@ -139,6 +145,17 @@ class FanotifySource:
             linked=linked,
             look=partial(self._look, groups, now_ns, linked),
         )
+
+    def _in_layers(self, directories: _Directories, events: Events) -> list[tuple[bytes, Place, list[Touch]]]:
+        """What lies in layers, with its paths; the rest is only counted."""
+        groups = []
+        for handle, names in directories.items():
+            places = self._tree.places(handle)
+            if not places:
+                self.mutes.heard(handle, len(names))
+            for place in places:
+                groups.append((handle, place, self._touches(place, names, events)))
+        return groups
 
     def _read(self, events: Events) -> bool:
         """Read and merge what is queued; true if the queue was emptied."""
@@ -155,8 +172,9 @@ class FanotifySource:
             wanted = READ_BYTES
         return False
 
-    def _learn_directories(self, events: Events) -> tuple[MovedIn, ...]:
-        """Bring the tree up to date before any path is asked of it; returns what came with contents."""
+    def _learn_directories(self, events: Events, linked: set[str]) -> tuple[MovedIn, ...]:
+        """Bring the tree up to date before any path is asked of it; returns what came with contents, and adds the layers to
+        `linked` into which something came that was not heard until now."""
         moved: list[tuple[bytes, bytes]] = []
         for child, (key, by_rename) in events.children.items():
             directory, name = split(key)
@@ -165,7 +183,10 @@ class FanotifySource:
                 moved.append((key, events.renames.get(key, b"")))
             elif name != b".":
                 self._tree.created(file_handle(child), file_handle(directory), name)
-        return tuple(self._moved_in(moved))
+        if not moved:
+            return ()
+        found = self._moved_in(moved)
+        return (*found, *self._hear_again(found, linked))
 
     def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
         found = []
@@ -177,9 +198,19 @@ class FanotifySource:
                     found.append(MovedIn(place.layer, place.child(name)))
         return found
 
-    def _by_directory(self, events: Events) -> tuple[dict[bytes, list[tuple[bytes, int, bytes]]], tuple[bytes, ...]]:
+    def _hear_again(self, moved_in: list[MovedIn], linked: set[str]) -> list[MovedIn]:
+        """Lift the marks of what is near a layer now; returns what of it nobody else is going to scan."""
+        found = []
+        for handle in self.mutes.lift_near_layers():
+            for place in self._tree.places(handle):
+                linked.add(place.layer)
+                if not any(place.layer == moved.layer and _is_in(place.path, moved.path) for moved in moved_in):
+                    found.append(MovedIn(place.layer, place.path))
+        return found
+
+    def _by_directory(self, events: Events) -> tuple[_Directories, tuple[bytes, ...]]:
         """Names grouped by the handle of their directory, and the barriers among them."""
-        directories: dict[bytes, list[tuple[bytes, int, bytes]]] = {}
+        directories: _Directories = {}
         barriers: list[bytes] = []
         for key, value in events.names.items():
             directory, name = split(key)
@@ -267,6 +298,10 @@ class FanotifySource:
             return fsid.to_bytes(8, "little") + name_to_handle_at(descriptor).pack()
         finally:
             os.close(descriptor)
+
+
+def _is_in(path: bytes, directory: bytes) -> bool:
+    return path == directory or path.startswith(directory + b"/") or not directory
 
 
 def _reaches(anchor: int, directory: FileHandle) -> bool:

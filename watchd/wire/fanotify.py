@@ -10,6 +10,7 @@ Facts and what they mean for us
   one name within a batch are merged here, before anything is looked at; the order of what happened is not kept.
 * The bytes from fsid to the end of the name are the identity of a name in a directory. They serve as the key as they are:
   nothing is unpacked for a name that is only seen again or that lies outside every layer.
+* A FID that comes first comes alone: the number of names of a file changed, and the event of its directory tells the rest.
 * The overflow record carries no info records and fd -1.
 * FAN_DELETE_SELF and FAN_MOVE_SELF are not asked for: they add nothing to the parent's event, and DELETE_SELF of lower inodes
   is released by watchd's own invalidations.
@@ -94,6 +95,8 @@ def decode(buffer: bytes, events: Events) -> None:
                 names[key] = mask | pid << MASK_BITS if known is None else known | mask
             elif buffer[info] == FAN_EVENT_INFO_TYPE_OLD_DFID_NAME and not mask & FAN_ONDIR:
                 _decode_rename(buffer, info, offset + length, pid, events)
+            elif buffer[info] == FAN_EVENT_INFO_TYPE_FID:
+                pass  # a directory would come first
             else:
                 _decode_general(buffer[info : offset + length], mask, pid, events)
             offset += length
