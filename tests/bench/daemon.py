@@ -63,7 +63,7 @@ class Watchd(Subject):
         return {
             "state_directory": str(self.scratch / "state"),
             "runtime_directory": str(self.scratch / "run"),
-            "discovery": {"include": [str(self.arena.merged)]},
+            "discovery": {"include": [self.arena.pattern]},
             "sources": {"backend": self.backend},
             "metrics": {"listen": "off"},
         }

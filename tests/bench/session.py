@@ -32,10 +32,12 @@ class Scale(msgspec.Struct, frozen=True):
     files: int = 200_000
     rounds: int = 500
     round_interval_s: float = 0.01
+    overlays: tuple[int, ...] = (1, 50, 500)
+    rounds_of_many: int = 60
     starts: int = 3
 
 
-SMALL = Scale(small_tree=20, tree=100, files=300, rounds=9, starts=1)
+SMALL = Scale(small_tree=20, tree=100, files=300, rounds=9, overlays=(1, 3), rounds_of_many=6, starts=1)
 
 
 class Session:

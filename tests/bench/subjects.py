@@ -210,7 +210,7 @@ class BareLoop(_Script):
     module = "reconfigure_loop"
 
     def _arguments(self) -> list[str]:
-        return [str(self.arena.lower), str(self.arena.merged)]
+        return [str(self.arena.lower), *map(str, self.arena.all_merged)]
 
 
 class Pyinotify(_Script):
