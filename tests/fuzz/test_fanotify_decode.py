@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from watchd.errors import WireError
 from watchd.kernel import fanotify as fan
-from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
+from watchd.wire.fanotify import MASK, MASK_BITS, Events, by_directory, decode, file_handle, split
 
 FSID_LEN = 8
 FID = fan.FAN_EVENT_INFO_TYPE_FID
@@ -167,6 +167,14 @@ def test_a_name_comes_apart_into_what_it_was_put_together_of(directory: bytes, n
     (key,) = decoded([Touched(fan.FAN_CREATE, directory, name, b"", 1).encode()]).names
     assert split(key) == (directory, name)
     assert file_handle(directory) == directory[FSID_LEN:]
+
+
+@given(events)
+def test_grouping_by_directory_takes_every_name_apart_alike(told: list[Event]) -> None:
+    found = decoded([b"".join(event.encode() for event in told)]).names
+    grouped = by_directory(found)
+    apart = [(directory, *entry) for directory, entries in grouped.items() for entry in entries]
+    assert sorted(apart) == sorted((*split(key), value, key) for key, value in found.items())
 
 
 def test_the_overflow_record_that_carries_nothing_ends_no_batch() -> None:

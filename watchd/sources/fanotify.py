@@ -28,7 +28,7 @@ from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
 from watchd.sources.mute import Mutes
 from watchd.sources.tree import DirectoryTree
-from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
+from watchd.wire.fanotify import MASK, MASK_BITS, Events, by_directory, decode, file_handle, split
 
 FIRST_READ_BYTES = 32 * 1024
 READ_BYTES = 256 * 1024
@@ -49,7 +49,7 @@ _KINDS = (
     (fan.FAN_ATTRIB, Kind.ATTRIB),
 )
 _Directories = dict[bytes, list[tuple[bytes, int, bytes]]]
-"""By the handle of the directory: name, its value and key in `Events.names`."""
+"""See `watchd.wire.fanotify.by_directory`."""
 
 _UNSUPPORTED = (errno.EXDEV, errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -122,7 +122,8 @@ class FanotifySource:
         self._tree.begin()
         linked: set[str] = set()
         moved_in = self._learn_directories(events, linked)
-        directories, barriers = self._by_directory(events)
+        directories = by_directory(events.names)
+        barriers = tuple(name for name, _, _ in directories.pop(self._barrier, ()))
         groups = self._in_layers(directories, events)
         counts: dict[str, int] = {}
         suspects: dict[str, dict[bytes, int]] = {}
@@ -149,7 +150,8 @@ class FanotifySource:
     def _in_layers(self, directories: _Directories, events: Events) -> list[tuple[bytes, Place, list[Touch]]]:
         """What lies in layers, with its paths; the rest is only counted."""
         groups = []
-        for handle, names in directories.items():
+        for directory, names in directories.items():
+            handle = file_handle(directory)
             places = self._tree.places(handle)
             if not places:
                 self.mutes.heard(handle, len(names))
@@ -207,18 +209,6 @@ class FanotifySource:
                 if not any(place.layer == moved.layer and _is_in(place.path, moved.path) for moved in moved_in):
                     found.append(MovedIn(place.layer, place.path))
         return found
-
-    def _by_directory(self, events: Events) -> tuple[_Directories, tuple[bytes, ...]]:
-        """Names grouped by the handle of their directory, and the barriers among them."""
-        directories: _Directories = {}
-        barriers: list[bytes] = []
-        for key, value in events.names.items():
-            directory, name = split(key)
-            if directory == self._barrier:
-                barriers.append(name)
-                continue
-            directories.setdefault(file_handle(directory), []).append((name, value, key))
-        return directories, tuple(barriers)
 
     def _touches(self, place: Place, names: list[tuple[bytes, int, bytes]], events: Events) -> list[Touch]:
         prefix, renames = place.child(b""), events.renames

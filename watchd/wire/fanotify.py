@@ -19,6 +19,7 @@ Facts and what they mean for us
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from watchd.errors import WireError
 from watchd.kernel.fanotify import (
@@ -67,6 +68,21 @@ def split(key: bytes) -> tuple[bytes, bytes]:
     """The directory's key (fsid and struct file_handle) and the name in it."""
     end = FSID_LEN + FILE_HANDLE_HEADER_LEN + _u32.unpack_from(key, FSID_LEN)[0]
     return key[:end], key[end:]
+
+
+def by_directory(names: Mapping[bytes, int]) -> dict[bytes, list[tuple[bytes, int, bytes]]]:
+    """`Events.names` by the key of the directory: name, value and key of each. What `split` does, for many."""
+    directories: dict[bytes, list[tuple[bytes, int, bytes]]] = {}
+    size_of, header = _u32.unpack_from, FSID_LEN + FILE_HANDLE_HEADER_LEN
+    for key, value in names.items():
+        end = header + size_of(key, FSID_LEN)[0]
+        entry = key[end:], value, key
+        directory = key[:end]
+        if known := directories.get(directory):
+            known.append(entry)
+        else:
+            directories[directory] = [entry]
+    return directories
 
 
 def file_handle(directory_key: bytes) -> bytes:
