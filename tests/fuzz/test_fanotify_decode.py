@@ -115,7 +115,7 @@ class Expected:
 
     masks: dict[bytes, int] = field(default_factory=dict)
     pids: dict[bytes, int] = field(default_factory=dict)
-    children: dict[bytes, tuple[bytes, bool]] = field(default_factory=dict)
+    children: dict[bytes, tuple[bytes, bytes | None]] = field(default_factory=dict)
     renames: dict[bytes, bytes] = field(default_factory=dict)
     overflow: bool = False
 
@@ -124,21 +124,22 @@ class Expected:
             self.overflow = True
         elif isinstance(event, Touched):
             self.name(event.directory + event.name, event.mask, event.pid)
-            self.child(event.child, event.directory + event.name, event.mask, by_rename=False)
+            self.child(event.child, event.directory + event.name, event.mask, old=None)
         elif isinstance(event, Renamed):
             old, new = b"".join(event.old), b"".join(event.new)
             self.name(old, event.mask | fan.FAN_MOVED_FROM, event.pid)
             self.name(new, event.mask | fan.FAN_MOVED_TO, event.pid)
             self.renames[new] = old
-            self.child(event.child, new, event.mask, by_rename=True)
+            self.child(event.child, new, event.mask, old=old)
 
     def name(self, key: bytes, mask: int, pid: int) -> None:
         self.masks[key] = self.masks.get(key, 0) | mask
         self.pids.setdefault(key, pid)
 
-    def child(self, child: bytes, key: bytes, mask: int, *, by_rename: bool) -> None:
+    def child(self, child: bytes, key: bytes, mask: int, *, old: bytes | None) -> None:
         if child and mask & fan.FAN_ONDIR:
-            self.children[child] = (key, by_rename or self.children.get(child, (b"", False))[1])
+            first_old = self.children.get(child, (b"", None))[1]
+            self.children[child] = (key, old if first_old is None else first_old)
 
 
 def decoded(buffers: Sequence[bytes]) -> Events:

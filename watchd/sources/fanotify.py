@@ -15,6 +15,7 @@ Facts
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -133,7 +134,8 @@ class FanotifySource:
             for touch in touches:
                 if touch.kinds != Kind.MODIFY:
                     stale[touch.path] = touch.kinds
-        self.mutes.update(read_ns)
+        with contextlib.suppress(LayerError):  # nothing can be opened now: a loss only if something has to be looked at
+            self.mutes.update(read_ns)
         return Batch(
             changes=[],
             records=counts,
@@ -178,26 +180,29 @@ class FanotifySource:
         """Bring the tree up to date before any path is asked of it; returns what came with contents, and adds the layers to
         `linked` into which something came that was not heard until now."""
         moved: list[tuple[bytes, bytes]] = []
-        for child, (key, by_rename) in events.children.items():
+        root_moved = False
+        for child, (key, first_old) in events.children.items():
             directory, name = split(key)
-            if by_rename:
+            if first_old is not None:
                 self._tree.moved(file_handle(child), file_handle(directory), name)
-                moved.append((key, events.renames.get(key, b"")))
+                root_moved = root_moved or self._tree.is_root(file_handle(child))
+                moved.append((key, first_old))
             elif name != b".":
                 self._tree.created(file_handle(child), file_handle(directory), name)
-        if not moved:
-            return ()
         found = self._moved_in(moved)
-        return (*found, *self._hear_again(found, linked))
+        if found or root_moved:
+            found += self._hear_again(found, linked)
+        return tuple(found)
 
     def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
         found = []
         for new, old in moved:
-            came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
             directory, name = split(new)
-            for place in self._tree.places(file_handle(directory)):
-                if place.layer not in came_from:
-                    found.append(MovedIn(place.layer, place.child(name)))
+            places = self._tree.places(file_handle(directory))
+            if not places:
+                continue
+            came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
+            found += [MovedIn(place.layer, place.child(name)) for place in places if place.layer not in came_from]
         return found
 
     def _hear_again(self, moved_in: list[MovedIn], linked: set[str]) -> list[MovedIn]:

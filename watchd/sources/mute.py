@@ -88,7 +88,8 @@ class Mutes:
             self._counts.clear()
 
     def lift_near_layers(self) -> list[bytes]:
-        """After a rename of directories: hear those again that lie in a layer now, or directly above one; returns them.
+        """After a directory came into a layer or the root of one was renamed: hear those again that lie in a layer now, or
+        directly above a root; returns them.
 
         Raises OSError, LayerError."""
         near = self._tree.near_layers(self._muted) if self._muted else []

@@ -100,6 +100,10 @@ class DirectoryTree:
         if not self._learn(handle):
             self._nodes[handle] = (self._parent(parent), name)
 
+    def is_root(self, handle: bytes) -> bool:
+        """Whether a directory is the root of a layer."""
+        return handle in self._roots
+
     def is_outside(self, handle: bytes) -> bool:
         """Whether, as the kernel has it now, a directory lies outside of all layers and no layer's root lies directly in it.
 

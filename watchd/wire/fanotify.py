@@ -56,8 +56,9 @@ class Events:
     def __init__(self) -> None:
         self.names: dict[bytes, int] = {}
         """Key of a name (see `split`) -> event mask, with the pid that was seen first above MASK_BITS."""
-        self.children: dict[bytes, tuple[bytes, bool]] = {}
-        """Key of a directory object (fsid and handle) -> key of the name it was last seen under, and whether by rename."""
+        self.children: dict[bytes, tuple[bytes, bytes | None]] = {}
+        """Key of a directory object (fsid and handle) -> key of the name it was last seen under, and of the one it was first
+        renamed from: None if it was not renamed, empty if that is not told."""
         self.renames: dict[bytes, bytes] = {}
         """Key of the new name -> key of the old name."""
         self.overflow = False
@@ -138,6 +139,7 @@ def _decode_rename(buffer: bytes, info: int, end: int, pid: int, events: Events)
 def _decode_general(infos: bytes, mask: int, pid: int, events: Events) -> None:
     """Records about directories and renames, and whatever else the kernel may send."""
     found: dict[int, bytes] = {}
+    old: bytes | None = None
     offset = 0
     while offset < len(infos):
         kind, size = _info_header.unpack_from(infos, offset)
@@ -155,8 +157,8 @@ def _decode_general(infos: bytes, mask: int, pid: int, events: Events) -> None:
         name = _add(found.get(FAN_EVENT_INFO_TYPE_DFID_NAME), mask, pid, events)
     child = found.get(FAN_EVENT_INFO_TYPE_FID)
     if mask & FAN_ONDIR and child and name:
-        by_rename = bool(mask & FAN_RENAME) or events.children.get(child, (b"", False))[1]
-        events.children[child] = (name, by_rename)
+        first_old = events.children.get(child, (b"", None))[1]
+        events.children[child] = (name, old if first_old is None else first_old)
 
 
 def _add(body: bytes | None, mask: int, pid: int, events: Events) -> bytes:
