@@ -186,7 +186,7 @@ class FanotifySource:
             if first_old is not None:
                 self._tree.moved(file_handle(child), file_handle(directory), name)
                 root_moved = root_moved or self._tree.is_root(file_handle(child))
-                moved.append((key, first_old))
+                moved.append((file_handle(child), first_old))
             elif name != b".":
                 self._tree.created(file_handle(child), file_handle(directory), name)
         found = self._moved_in(moved)
@@ -196,13 +196,14 @@ class FanotifySource:
 
     def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
         found = []
-        for new, old in moved:
-            directory, name = split(new)
-            places = self._tree.places(file_handle(directory))
+        for handle, old in moved:
+            places = [
+                place for place in self._tree.places(handle) if place.path
+            ]  # a root brings nothing into its layer
             if not places:
                 continue
             came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
-            found += [MovedIn(place.layer, place.child(name)) for place in places if place.layer not in came_from]
+            found += [MovedIn(place.layer, place.path) for place in places if place.layer not in came_from]
         return found
 
     def _hear_again(self, moved_in: list[MovedIn], linked: set[str]) -> list[MovedIn]:

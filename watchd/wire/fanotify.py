@@ -7,7 +7,8 @@ fsid and struct file_handle. The name of an event on a directory itself is `.`.
 
 Facts and what they mean for us
 * Records are dirty markers, not an operation log: the kernel merges a later event into an earlier record. So all records of
-  one name within a batch are merged here, before anything is looked at; the order of what happened is not kept.
+  one name within a batch are merged here, before anything is looked at; the order of what happened is not kept, that of renames
+  neither: a -> b, b -> a, a -> b arrives as a -> b, b -> a.
 * The bytes from fsid to the end of the name are the identity of a name in a directory. They serve as the key as they are:
   nothing is unpacked for a name that is only seen again or that lies outside every layer.
 * A FID that comes first comes alone: the number of names of a file changed, and the event of its directory tells the rest.
