@@ -197,9 +197,8 @@ class FanotifySource:
     def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
         found = []
         for handle, old in moved:
-            places = [
-                place for place in self._tree.places(handle) if place.path
-            ]  # a root brings nothing into its layer
+            # A root brings nothing into its own layer.
+            places = [place for place in self._tree.places(handle) if place.path]
             if not places:
                 continue
             came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
