@@ -38,6 +38,7 @@ class Snapshot:
     journal_last_sequence: int = 0
     journal_bytes: int = 0
     queue_bytes: int = 0
+    muted_directories: int = 0
 
 
 class Metrics:
@@ -186,6 +187,11 @@ class _Gauges(Collector):
         yield GaugeMetricFamily("watchd_journal_size_bytes", "Size of the journal.", value=now.journal_bytes)
         yield GaugeMetricFamily(
             "watchd_queue_bytes", "Events that the kernel holds for watchd to read.", value=now.queue_bytes
+        )
+        yield GaugeMetricFamily(
+            "watchd_muted_directories",
+            "Busy directories outside of all layers, not heard.",
+            value=now.muted_directories,
         )
 
 

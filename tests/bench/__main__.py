@@ -13,14 +13,22 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import drain, latency, memory, start
+from tests.bench import drain, latency, memory, neighbour, noise, start, storm
 from tests.bench.arena import workspace
 from tests.bench.measure import machine
 from tests.bench.report import Report
 from tests.bench.session import SMALL, Scale, Session
 from tests.bench.subjects import SubjectError
 
-BENCHMARKS = {"start": start.measure, "drain": drain.measure, "latency": latency.measure, "memory": memory.measure}
+BENCHMARKS = {
+    "start": start.measure,
+    "drain": drain.measure,
+    "latency": latency.measure,
+    "storm": storm.measure,
+    "noise": noise.measure,
+    "neighbour": neighbour.measure,
+    "memory": memory.measure,
+}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -42,31 +42,39 @@ def directory_of(index: int) -> str:
 
 
 class Arena:
-    """A tmpfs that holds one tree of directories, and an overlay whose lower that tree is."""
+    """A tmpfs that holds one tree of directories, and overlays whose lower that tree is."""
 
-    def __init__(self, base: Path, directories: int) -> None:
+    def __init__(self, base: Path, directories: int, overlays: int = 1) -> None:
         self.directories = directories
-        self.layers = base / f"layers-{directories}"
+        self.layers = base / f"layers-{directories}-{overlays}"
         self.lower = self.layers / "lower"
-        self.merged = base / f"merged-{directories}"
+        self.outside = self.layers / "outside"
+        """On the same filesystem, in no layer."""
+        self._mounts = base / f"merged-{directories}-{overlays}"
+        self.all_merged = [self._mounts / str(number) for number in range(overlays)]
+        self.merged = self.all_merged[0]
+        self.pattern = f"{self._mounts}/*"
+        """A glob for all of them and nothing else."""
 
     def build(self) -> None:
         """Mount and fill it. The parents of the directories, one for each 1 000, come on top of their number."""
         self.layers.mkdir()
-        self.merged.mkdir()
         _mount("watchd-bench", self.layers, "tmpfs", "nr_inodes=0")
-        upper, work = self.layers / "upper", self.layers / "work"
-        for path in (self.lower, upper, work):
+        for path in (self.lower, self.outside, self._mounts):
             path.mkdir()
         for index in range(self.directories):
             if index % FANOUT == 0:
                 (self.lower / directory_of(index)).parent.mkdir()
             os.mkdir(f"{self.lower}/{directory_of(index)}")
-        _mount("watchd-bench", self.merged, "overlay", f"lowerdir={self.lower},upperdir={upper},workdir={work}")
+        for merged in self.all_merged:
+            upper, work = self.layers / f"upper-{merged.name}", self.layers / f"work-{merged.name}"
+            for path in (merged, upper, work):
+                path.mkdir()
+            _mount("watchd-bench", merged, "overlay", f"lowerdir={self.lower},upperdir={upper},workdir={work}")
 
     def dismantle(self) -> None:
         """Unmount what `build` mounted, as far as it came."""
-        for path in (self.merged, self.layers):
+        for path in (*self.all_merged, self.layers):
             libc.umount2(os.fsencode(path), MNT_DETACH)
 
 
@@ -75,14 +83,15 @@ class Workspace:
 
     def __init__(self, base: Path) -> None:
         self.base = base
-        self._arenas: dict[int, Arena] = {}
+        self._arenas: dict[tuple[int, int], Arena] = {}
 
-    def arena(self, directories: int) -> Arena:
-        """The arena whose lower has this many directories."""
-        if directories not in self._arenas:
-            arena = self._arenas[directories] = Arena(self.base, directories)
+    def arena(self, directories: int, overlays: int = 1) -> Arena:
+        """The arena whose lower has this many directories and this many overlays."""
+        key = directories, overlays
+        if key not in self._arenas:
+            arena = self._arenas[key] = Arena(self.base, directories, overlays)
             arena.build()
-        return self._arenas[directories]
+        return self._arenas[key]
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -25,6 +25,7 @@ class LogRecord(msgspec.Struct, frozen=True):
     type: str
     path: str = ""
     from_path: str = msgspec.field(name="from", default="")
+    duration_ns: int = 0
 
 
 def tally(lines: Iterable[bytes], *, files: int) -> Tally:
@@ -46,6 +47,7 @@ class Watchd(Subject):
     """`watchd run` with one backend, on the arena's mount alone."""
 
     backend: ClassVar[str]
+    program: ClassVar[Sequence[str]] = WATCHD
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         if self.backend == "inotify":
@@ -63,13 +65,13 @@ class Watchd(Subject):
         return {
             "state_directory": str(self.scratch / "state"),
             "runtime_directory": str(self.scratch / "run"),
-            "discovery": {"include": [str(self.arena.merged)]},
+            "discovery": {"include": [self.arena.pattern]},
             "sources": {"backend": self.backend},
             "metrics": {"listen": "off"},
         }
 
     def _command(self, verb: str, *arguments: str) -> list[str]:
-        return [*WATCHD, verb, "--config", str(self._config), *arguments]
+        return [*self.program, verb, "--config", str(self._config), *arguments]
 
     def _await_ready(self) -> None:
         for _ in self.checks(every_s=0):
@@ -90,9 +92,19 @@ class Watchd(Subject):
             raise SubjectError(f"watchd sync ended with status {outcome.returncode}: {outcome.stderr.decode().strip()}")
         return self._tally
 
+    def acting_s(self) -> float:
+        """The time that all actions together took."""
+        self.drained()
+        with self._log() as log:
+            assert log.stdout is not None
+            decode = msgspec.json.Decoder(LogRecord).decode
+            return sum(record.duration_ns for record in map(decode, log.stdout) if record.type == "action") / 1e9
+
+    def _log(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command("log", "--json"), cwd=REPOSITORY, stdout=subprocess.PIPE)
+
     def _tally(self) -> Tally:
-        log = subprocess.Popen(self._command("log", "--json"), cwd=REPOSITORY, stdout=subprocess.PIPE)
-        with log:
+        with self._log() as log:
             assert log.stdout is not None
             counted = tally(log.stdout, files=self.files)
         if log.returncode != 0:
@@ -104,6 +116,13 @@ class WatchdFanotify(Watchd):
     """watchd on fanotify, its first choice."""
 
     backend = "fanotify"
+
+
+class WatchdUnmuted(WatchdFanotify):
+    """watchd that hears everything on the filesystem of its lowers, to show what muting is worth."""
+
+    _WITHOUT = "from watchd.sources import mute; mute.HOT_EVENTS = 1 << 60; from watchd.cli import main; main()"
+    program = (sys.executable, "-c", _WITHOUT)
 
 
 class WatchdInotify(Watchd):

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from tests.bench.arena import Arena, directory_of
 
 WORKERS = 2
@@ -69,14 +71,24 @@ class Churn:
         return time.perf_counter() - started
 
 
+class Healed(msgspec.Struct, frozen=True):
+    """Seconds from a change until it was seen, None if it was not in time."""
+
+    asked_s: float | None
+    """In the mount that was looked at first, another one each round."""
+    all_s: float | None
+    """In all of them."""
+
+
 class Round:
-    """One change of a lower that the merged mount does not show by itself."""
+    """One change of a lower that the merged mounts do not show by themselves."""
 
     def __init__(self, arena: Arena, number: int) -> None:
         name = f"{directory_of(number % arena.directories)}/latency-{number}"
         self.lower = arena.lower / name
         self.replacement = arena.lower / f"{name}.new"
-        self.merged = arena.merged / name
+        asked = number % len(arena.all_merged)
+        self.merged = [merged / name for merged in (*arena.all_merged[asked:], *arena.all_merged[:asked])]
 
     def prepare(self) -> None:
         """Make what the change needs."""
@@ -87,15 +99,15 @@ class Round:
         raise NotImplementedError
 
     def is_true(self, size: int | None) -> bool:
-        """Whether what `look` returned is what the lower holds after the change."""
+        """Whether the size of the file, None for no file, is what the lower holds after the change."""
         raise NotImplementedError
 
-    def look(self) -> int | None:
-        """What the merged mount shows: the size of the file, None for no file. Leaves it cached either way."""
+    def is_seen(self, merged: Path) -> bool:
+        """Whether that mount shows what the lower holds after the change. Leaves the name cached either way."""
         try:
-            return os.stat(self.merged).st_size
+            return self.is_true(os.stat(merged).st_size)
         except FileNotFoundError:
-            return None
+            return self.is_true(None)
 
     def clean(self) -> None:
         """Remove what the round made."""
@@ -153,8 +165,8 @@ class LightLoad:
         self._interval_s = interval_s
         self._patience_s = patience_s
 
-    def run(self) -> list[float | None]:
-        """For each round the seconds from the change until the merged mount showed it, None if it did not in time."""
+    def run(self) -> list[Healed]:
+        """What became of each round."""
         return [self._one(round_) for round_ in self._rounds]
 
     def clean(self) -> None:
@@ -162,19 +174,24 @@ class LightLoad:
         for round_ in self._rounds:
             round_.clean()
 
-    def _one(self, round_: Round) -> float | None:
-        if round_.is_true(round_.look()):
-            raise RuntimeError(f"{round_.merged} shows a change that was not made yet")
+    def _one(self, round_: Round) -> Healed:
+        for merged in round_.merged:
+            if round_.is_seen(merged):
+                raise RuntimeError(f"{merged} shows a change that was not made yet")
         round_.change()
         changed = time.perf_counter()
-        healed = None
-        while healed is None and time.perf_counter() - changed < self._patience_s:
-            if round_.is_true(round_.look()):
-                healed = time.perf_counter() - changed
-            else:
-                time.sleep(POLL_S)
+        asked = last = self._wait(round_, round_.merged[0], changed)
+        for merged in round_.merged[1:]:
+            last = self._wait(round_, merged, changed) if last is not None else None
         time.sleep(max(0.0, changed + self._interval_s - time.perf_counter()))
-        return healed
+        return Healed(asked, last)
+
+    def _wait(self, round_: Round, merged: Path, changed: float) -> float | None:
+        while time.perf_counter() - changed < self._patience_s:
+            if round_.is_seen(merged):
+                return time.perf_counter() - changed
+            time.sleep(POLL_S)
+        return None
 
 
 @contextlib.contextmanager

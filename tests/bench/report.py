@@ -49,7 +49,7 @@ class Report(msgspec.Struct, frozen=True):
     """A whole run."""
 
     machine: dict[str, str | int]
-    parameters: dict[str, int | float]
+    parameters: dict[str, object]
     rows: list[Row]
     notes: list[str]
 

@@ -32,10 +32,37 @@ class Scale(msgspec.Struct, frozen=True):
     files: int = 200_000
     rounds: int = 500
     round_interval_s: float = 0.01
+    overlays: tuple[int, ...] = (1, 50, 500)
+    rounds_of_many: int = 60
+    storm_rate: int = 10_000
+    storm_s: int = 30
+    write_rate: int = 5_000
+    create_rate: int = 50_000
+    noise_s: int = 5
+    neighbour_files: int = 100_000
+    neighbour_rate: int = 100
+    neighbour_walks: int = 3
+    neighbour_turns: int = 3
     starts: int = 3
 
 
-SMALL = Scale(small_tree=20, tree=100, files=300, rounds=9, starts=1)
+SMALL = Scale(
+    small_tree=20,
+    tree=100,
+    files=300,
+    rounds=9,
+    overlays=(1, 3),
+    rounds_of_many=6,
+    storm_rate=500,
+    storm_s=0,
+    write_rate=500,
+    create_rate=1000,
+    noise_s=0,
+    neighbour_files=200,
+    neighbour_walks=1,
+    neighbour_turns=1,
+    starts=1,
+)
 
 
 class Session:

@@ -210,7 +210,26 @@ class BareLoop(_Script):
     module = "reconfigure_loop"
 
     def _arguments(self) -> list[str]:
-        return [str(self.arena.lower), str(self.arena.merged)]
+        return [str(self.arena.lower), *map(str, self.arena.all_merged)]
+
+
+class DropCachesLoop(_Script):
+    """Reads fanotify and drops the caches of the whole host on every batch."""
+
+    module = "drop_caches_loop"
+
+    def _arguments(self) -> list[str]:
+        return [str(self.arena.lower)]
+
+
+class Nobody(Subject):
+    """Nobody watches."""
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        return self._popen(["sleep", "infinity"])
+
+    def _await_ready(self) -> None:
+        """There is nothing to wait for."""
 
 
 class Pyinotify(_Script):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from watchd.errors import WireError
 from watchd.kernel import fanotify as fan
-from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
+from watchd.wire.fanotify import MASK, MASK_BITS, Events, by_directory, decode, file_handle, split
 
 FSID_LEN = 8
 FID = fan.FAN_EVENT_INFO_TYPE_FID
@@ -115,7 +115,7 @@ class Expected:
 
     masks: dict[bytes, int] = field(default_factory=dict)
     pids: dict[bytes, int] = field(default_factory=dict)
-    children: dict[bytes, tuple[bytes, bool]] = field(default_factory=dict)
+    children: dict[bytes, tuple[bytes, bytes | None]] = field(default_factory=dict)
     renames: dict[bytes, bytes] = field(default_factory=dict)
     overflow: bool = False
 
@@ -124,21 +124,22 @@ class Expected:
             self.overflow = True
         elif isinstance(event, Touched):
             self.name(event.directory + event.name, event.mask, event.pid)
-            self.child(event.child, event.directory + event.name, event.mask, by_rename=False)
+            self.child(event.child, event.directory + event.name, event.mask, old=None)
         elif isinstance(event, Renamed):
             old, new = b"".join(event.old), b"".join(event.new)
             self.name(old, event.mask | fan.FAN_MOVED_FROM, event.pid)
             self.name(new, event.mask | fan.FAN_MOVED_TO, event.pid)
             self.renames[new] = old
-            self.child(event.child, new, event.mask, by_rename=True)
+            self.child(event.child, new, event.mask, old=old)
 
     def name(self, key: bytes, mask: int, pid: int) -> None:
         self.masks[key] = self.masks.get(key, 0) | mask
         self.pids.setdefault(key, pid)
 
-    def child(self, child: bytes, key: bytes, mask: int, *, by_rename: bool) -> None:
+    def child(self, child: bytes, key: bytes, mask: int, *, old: bytes | None) -> None:
         if child and mask & fan.FAN_ONDIR:
-            self.children[child] = (key, by_rename or self.children.get(child, (b"", False))[1])
+            first_old = self.children.get(child, (b"", None))[1]
+            self.children[child] = (key, old if first_old is None else first_old)
 
 
 def decoded(buffers: Sequence[bytes]) -> Events:
@@ -167,6 +168,14 @@ def test_a_name_comes_apart_into_what_it_was_put_together_of(directory: bytes, n
     (key,) = decoded([Touched(fan.FAN_CREATE, directory, name, b"", 1).encode()]).names
     assert split(key) == (directory, name)
     assert file_handle(directory) == directory[FSID_LEN:]
+
+
+@given(events)
+def test_grouping_by_directory_takes_every_name_apart_alike(told: list[Event]) -> None:
+    found = decoded([b"".join(event.encode() for event in told)]).names
+    grouped = by_directory(found)
+    apart = [(directory, *entry) for directory, entries in grouped.items() for entry in entries]
+    assert sorted(apart) == sorted((*split(key), value, key) for key, value in found.items())
 
 
 def test_the_overflow_record_that_carries_nothing_ends_no_batch() -> None:

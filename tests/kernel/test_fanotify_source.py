@@ -262,6 +262,21 @@ def test_a_tree_moved_in_is_told_for_a_scan(place: Path, root: Path, watch: Watc
     assert {change.path for change in batch.changes} == {b"d/tree", b"d/tree/a/b/file"}
 
 
+def test_a_tree_moved_in_and_renamed_before_anybody_looked_is_told_for_a_scan(
+    place: Path, root: Path, watch: Watch
+) -> None:
+    (place / "outside/tree").mkdir(parents=True)
+    (root / "old").mkdir()
+    source = watch(root)
+    (place / "outside/tree").rename(root / "temporary")
+    for old, new in (("temporary", "final"), ("final", "temporary"), ("temporary", "final")):
+        (root / old).rename(root / new)
+    (root / "old").rename(root / "renamed")
+    (root / "renamed").rename(root / "old")
+    (batch,) = batches(source)
+    assert batch.moved_in == (MovedIn("base", b"final"),)
+
+
 def test_a_file_moved_in_needs_no_scan(place: Path, root: Path, watch: Watch) -> None:
     (place / "file").touch()
     source = watch(root)

@@ -55,6 +55,8 @@ class PipeSource:
         except BlockingIOError:
             return None
         self.collected()
+        if name == b"outside":
+            return Batch([], {}, read_ns=1, complete_ns=1)
         return Batch([change(name)], {"layer": self.names_in_a_batch}, read_ns=1, barriers=self.barriers)
 
     def idle(self) -> None:
@@ -139,6 +141,12 @@ def held(worker: Worker) -> threading.Event:
     worker.submit(wait)
     assert begun.wait(PATIENCE_S)
     return release
+
+
+def test_what_concerns_no_layer_wakes_nobody(source: PipeSource, told: Told, worker: Worker) -> None:
+    source.write(*[b"outside"] * 100, b"inside")
+    assert told.until("batch") == [("batch", b"inside")]
+    assert source.asked > 100
 
 
 def test_batches_are_told_in_order_and_recorded_when_there_is_rest(

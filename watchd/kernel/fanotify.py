@@ -1,6 +1,7 @@
 """fanotify(7): the two system calls and the constants that older headers lack.
 
-Facts: a FAN_MARK_FILESYSTEM mark pins nothing, it goes with its superblock. Flags, masks and info types are those of
+Facts: a FAN_MARK_FILESYSTEM mark pins nothing, it goes with its superblock; nor does a FAN_MARK_EVICTABLE one, which goes with
+its inode from memory. FAN_MARK_IGNORE (6.0) is refused with EINVAL by older kernels. Flags, masks and info types are those of
 include/uapi/linux/fanotify.h.
 """
 
@@ -28,6 +29,9 @@ FAN_MARK_REMOVE = 0x2
 FAN_MARK_ONLYDIR = 0x8
 FAN_MARK_FILESYSTEM = 0x100
 FAN_MARK_MNTNS = 0x110
+FAN_MARK_EVICTABLE = 0x200
+FAN_MARK_IGNORE = 0x400
+FAN_MARK_IGNORE_SURV = FAN_MARK_IGNORE | 0x40
 
 FAN_MODIFY = 0x2
 FAN_ATTRIB = 0x4

@@ -512,6 +512,11 @@ class LayerBook:
         """What the kernel holds for the sources to read; for any thread."""
         return sum(worker.queued_bytes() for worker in list(self._workers.values()))
 
+    def muted_directories(self) -> int:
+        """Directories outside of all layers that are busy and not heard; for any thread."""
+        sources = [worker.source for worker in list(self._workers.values())]
+        return sum(len(source.mutes) for source in sources if isinstance(source, FanotifySource))
+
     async def barrier(self, layers: Sequence[Layer]) -> None:
         """Returns when everything that the layers' sources had queued before the call was recorded and handed on."""
         await self._barriers.wait({layer.worker for layer in layers if layer.worker is not None})

@@ -78,6 +78,7 @@ def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journ
         journal_last_sequence=journal.last_seq,
         journal_bytes=journal.bytes,
         queue_bytes=layers.queue_bytes(),
+        muted_directories=layers.muted_directories(),
     )
 
 

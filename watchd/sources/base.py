@@ -60,9 +60,15 @@ class Batch:
     suspects: Suspects | None = None
     """Known before anything was looked at, so that repair need not wait for that; None: all is in `changes`."""
     linked: set[str] = field(default_factory=set)
-    """Layers in which attributes changed of files that have further names, no one knows where. Complete after `look`."""
+    """Layers in which more may be stale than is told: attributes changed of files that have further names, no one knows where,
+    or a directory came in that was not heard until now. Complete after `look`."""
     look: Callable[[], list[Change]] | None = None
     """Look at what the suspects and written files are now; to be called once, in the worker's thread."""
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether all that was read concerns no layer, so that nobody need be told."""
+        return not (self.records or self.changes or self.barriers or self.overflow or self.moved_in or self.linked)
 
 
 class Source(Protocol):

@@ -9,11 +9,13 @@ Facts
 * A directory that is moved in from outside brings contents that no event tells of.
 * Events are queued before the changing system call returns, one queue for all marks of a group. So an event that watchd makes
   itself in a directory that the group marks too is a barrier: once it is read, everything before it was read.
+* What is busy outside of every layer is muted in the kernel (`watchd.sources.mute`).
 * MODIFY tells of writes as they happen; CLOSE_WRITE of those through mmap, which nothing else tells of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -25,8 +27,9 @@ from watchd.kernel.files import FileHandle, name_to_handle_at, open_by_handle_at
 from watchd.records import Change, Kind
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
+from watchd.sources.mute import Mutes
 from watchd.sources.tree import DirectoryTree
-from watchd.wire.fanotify import MASK, MASK_BITS, Events, decode, file_handle, split
+from watchd.wire.fanotify import MASK, MASK_BITS, Events, by_directory, decode, file_handle, split
 
 FIRST_READ_BYTES = 32 * 1024
 READ_BYTES = 256 * 1024
@@ -46,6 +49,9 @@ _KINDS = (
     (fan.FAN_MODIFY | fan.FAN_CLOSE_WRITE, Kind.MODIFY),
     (fan.FAN_ATTRIB, Kind.ATTRIB),
 )
+_Directories = dict[bytes, list[tuple[bytes, int, bytes]]]
+"""See `watchd.wire.fanotify.by_directory`."""
+
 _UNSUPPORTED = (errno.EXDEV, errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -67,6 +73,7 @@ class FanotifySource:
         self._layers: dict[str, WatchedLayer] = {}
         self._opened: list[int] = []
         self._tree = DirectoryTree(self._anchors)
+        self.mutes = Mutes(self._group, self._tree)
         self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
         self._kinds: dict[int, int] = {}
 
@@ -88,6 +95,7 @@ class FanotifySource:
         self.idle()
         self._layers[layer.name] = layer
         self._tree.add_root(layer.root.pack(), layer.name)
+        self.mutes.clear()  # any of them may lie in this layer
 
     def remove(self, name: str) -> None:
         self._layers.pop(name, None)
@@ -96,6 +104,7 @@ class FanotifySource:
 
     def recover(self) -> None:
         self._tree.clear()
+        self.mutes.clear()  # the rename that brought one of them into a layer may have been lost
 
     def idle(self) -> None:
         while self._opened:
@@ -112,21 +121,21 @@ class FanotifySource:
         if not events.records:
             return None
         self._tree.begin()
-        moved_in = self._learn_directories(events)
-        directories, barriers = self._by_directory(events)
-        groups: list[tuple[bytes, Place, list[Touch]]] = []
+        linked: set[str] = set()
+        moved_in = self._learn_directories(events, linked)
+        directories = by_directory(events.names)
+        barriers = tuple(name for name, _, _ in directories.pop(self._barrier, ()))
+        groups = self._in_layers(directories, events)
         counts: dict[str, int] = {}
         suspects: dict[str, dict[bytes, int]] = {}
-        for handle, names in directories.items():
-            for place in self._tree.places(handle):
-                touches = self._touches(place, names, events)
-                groups.append((handle, place, touches))
-                counts[place.layer] = counts.get(place.layer, 0) + len(touches)
-                stale = suspects.setdefault(place.layer, {})
-                for touch in touches:
-                    if touch.kinds != Kind.MODIFY:
-                        stale[touch.path] = touch.kinds
-        linked: set[str] = set()
+        for _, place, touches in groups:
+            counts[place.layer] = counts.get(place.layer, 0) + len(touches)
+            stale = suspects.setdefault(place.layer, {})
+            for touch in touches:
+                if touch.kinds != Kind.MODIFY:
+                    stale[touch.path] = touch.kinds
+        with contextlib.suppress(LayerError):  # nothing can be opened now: a loss only if something has to be looked at
+            self.mutes.update(read_ns)
         return Batch(
             changes=[],
             records=counts,
@@ -139,6 +148,18 @@ class FanotifySource:
             linked=linked,
             look=partial(self._look, groups, now_ns, linked),
         )
+
+    def _in_layers(self, directories: _Directories, events: Events) -> list[tuple[bytes, Place, list[Touch]]]:
+        """What lies in layers, with its paths; the rest is only counted."""
+        groups = []
+        for directory, names in directories.items():
+            handle = file_handle(directory)
+            places = self._tree.places(handle)
+            if not places:
+                self.mutes.heard(handle, len(names))
+            for place in places:
+                groups.append((handle, place, self._touches(place, names, events)))
+        return groups
 
     def _read(self, events: Events) -> bool:
         """Read and merge what is queued; true if the queue was emptied."""
@@ -155,39 +176,44 @@ class FanotifySource:
             wanted = READ_BYTES
         return False
 
-    def _learn_directories(self, events: Events) -> tuple[MovedIn, ...]:
-        """Bring the tree up to date before any path is asked of it; returns what came with contents."""
+    def _learn_directories(self, events: Events, linked: set[str]) -> tuple[MovedIn, ...]:
+        """Bring the tree up to date before any path is asked of it; returns what came with contents, and adds the layers to
+        `linked` into which something came that was not heard until now."""
         moved: list[tuple[bytes, bytes]] = []
-        for child, (key, by_rename) in events.children.items():
+        root_moved = False
+        for child, (key, first_old) in events.children.items():
             directory, name = split(key)
-            if by_rename:
+            if first_old is not None:
                 self._tree.moved(file_handle(child), file_handle(directory), name)
-                moved.append((key, events.renames.get(key, b"")))
+                root_moved = root_moved or self._tree.is_root(file_handle(child))
+                moved.append((file_handle(child), first_old))
             elif name != b".":
                 self._tree.created(file_handle(child), file_handle(directory), name)
-        return tuple(self._moved_in(moved))
+        found = self._moved_in(moved)
+        if found or root_moved:
+            found += self._hear_again(found, linked)
+        return tuple(found)
 
     def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
         found = []
-        for new, old in moved:
+        for handle, old in moved:
+            # A root brings nothing into its own layer.
+            places = [place for place in self._tree.places(handle) if place.path]
+            if not places:
+                continue
             came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
-            directory, name = split(new)
-            for place in self._tree.places(file_handle(directory)):
-                if place.layer not in came_from:
-                    found.append(MovedIn(place.layer, place.child(name)))
+            found += [MovedIn(place.layer, place.path) for place in places if place.layer not in came_from]
         return found
 
-    def _by_directory(self, events: Events) -> tuple[dict[bytes, list[tuple[bytes, int, bytes]]], tuple[bytes, ...]]:
-        """Names grouped by the handle of their directory, and the barriers among them."""
-        directories: dict[bytes, list[tuple[bytes, int, bytes]]] = {}
-        barriers: list[bytes] = []
-        for key, value in events.names.items():
-            directory, name = split(key)
-            if directory == self._barrier:
-                barriers.append(name)
-                continue
-            directories.setdefault(file_handle(directory), []).append((name, value, key))
-        return directories, tuple(barriers)
+    def _hear_again(self, moved_in: list[MovedIn], linked: set[str]) -> list[MovedIn]:
+        """Lift the marks of what is near a layer now; returns what of it nobody else is going to scan."""
+        found = []
+        for handle in self.mutes.lift_near_layers():
+            for place in self._tree.places(handle):
+                linked.add(place.layer)
+                if not any(place.layer == moved.layer and _is_in(place.path, moved.path) for moved in moved_in):
+                    found.append(MovedIn(place.layer, place.path))
+        return found
 
     def _touches(self, place: Place, names: list[tuple[bytes, int, bytes]], events: Events) -> list[Touch]:
         prefix, renames = place.child(b""), events.renames
@@ -267,6 +293,10 @@ class FanotifySource:
             return fsid.to_bytes(8, "little") + name_to_handle_at(descriptor).pack()
         finally:
             os.close(descriptor)
+
+
+def _is_in(path: bytes, directory: bytes) -> bool:
+    return path == directory or path.startswith(directory + b"/") or not directory
 
 
 def _reaches(anchor: int, directory: FileHandle) -> bool:

@@ -16,6 +16,8 @@ from watchd.records import Change, Kind
 
 SELF = b"."
 
+_ATTRIB = int(Kind.ATTRIB)  # a flag is slow to test with
+
 
 class Place(msgspec.Struct, frozen=True, gc=False):
     """Where a directory lies: in which layer, at which path from its root (b"" is the root)."""
@@ -62,7 +64,7 @@ def look(
             else:
                 exists = status.st_nlink > 0  # 0: a directory that was removed while somebody holds it open
                 is_dir, inode = stat.S_ISDIR(status.st_mode), status.st_ino
-                if linked is not None and touch.kinds & Kind.ATTRIB and status.st_nlink > 1 and not is_dir:
+                if linked is not None and touch.kinds & _ATTRIB and status.st_nlink > 1 and not is_dir:
                     linked.add(layer)
         changes.append(
             Change(

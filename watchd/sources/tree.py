@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from watchd.kernel.files import name_to_handle_at, open_by_handle_at
 from watchd.sources.look import Place
@@ -100,6 +100,27 @@ class DirectoryTree:
         if not self._learn(handle):
             self._nodes[handle] = (self._parent(parent), name)
 
+    def is_root(self, handle: bytes) -> bool:
+        """Whether a directory is the root of a layer."""
+        return handle in self._roots
+
+    def is_outside(self, handle: bytes) -> bool:
+        """Whether, as the kernel has it now, a directory lies outside of all layers and no layer's root lies directly in it.
+
+        False also where that cannot be known: it is gone, or not connected to any mount of ours."""
+        if handle in self._above_roots():
+            return False
+        for anchor in self._anchors():
+            with contextlib.suppress(OSError):
+                descriptor = open_by_handle_at(anchor, handle, flags=os.O_PATH | os.O_DIRECTORY)
+                return self._climbs_outside(descriptor, handle)
+        return False
+
+    def near_layers(self, handles: Iterable[bytes]) -> list[bytes]:
+        """Those directories that lie in a layer or have a layer's root directly in them."""
+        above = self._above_roots()
+        return [handle for handle in handles if handle in above or self.places(handle)]
+
     def open(self, handle: bytes) -> int | None:
         """An owned O_PATH descriptor of a directory, None if it is gone."""
         for anchor in self._anchors():
@@ -109,6 +130,27 @@ class DirectoryTree:
 
     def _parent(self, handle: bytes) -> bytes:
         return self._parents.setdefault(handle, handle)
+
+    def _above_roots(self) -> set[bytes]:
+        for root in self._roots:
+            if root not in self._nodes:
+                self._learn(root)
+        return {node[0] for root in self._roots if (node := self._nodes.get(root))}
+
+    def _climbs_outside(self, descriptor: int, handle: bytes) -> bool:
+        """Whether the way from an owned descriptor up to the root of its mount meets no layer. Raises OSError."""
+        try:
+            while handle not in self._roots:
+                above = os.open("..", _PARENT_FLAGS, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = above
+                parent = name_to_handle_at(descriptor).pack()
+                if parent == handle:
+                    return True
+                handle = parent
+            return False
+        finally:
+            os.close(descriptor)
 
     def _find(self, handle: bytes) -> tuple[Place, ...]:
         found = tuple(Place(layer, b"") for layer in self._roots.get(handle, ()))

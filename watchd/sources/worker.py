@@ -192,7 +192,7 @@ class Worker(threading.Thread):
 
     def _collect(self) -> None:
         batch = self.source.collect()
-        if batch is None:
+        if batch is None or batch.is_nothing:
             return
         self._sink.batch(self, batch)
         now_ns = time.monotonic_ns()

@@ -7,9 +7,11 @@ fsid and struct file_handle. The name of an event on a directory itself is `.`.
 
 Facts and what they mean for us
 * Records are dirty markers, not an operation log: the kernel merges a later event into an earlier record. So all records of
-  one name within a batch are merged here, before anything is looked at; the order of what happened is not kept.
+  one name within a batch are merged here, before anything is looked at; the order of what happened is not kept, that of renames
+  neither: a -> b, b -> a, a -> b arrives as a -> b, b -> a.
 * The bytes from fsid to the end of the name are the identity of a name in a directory. They serve as the key as they are:
   nothing is unpacked for a name that is only seen again or that lies outside every layer.
+* A FID that comes first comes alone: the number of names of a file changed, and the event of its directory tells the rest.
 * The overflow record carries no info records and fd -1.
 * FAN_DELETE_SELF and FAN_MOVE_SELF are not asked for: they add nothing to the parent's event, and DELETE_SELF of lower inodes
   is released by watchd's own invalidations.
@@ -18,6 +20,7 @@ Facts and what they mean for us
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from watchd.errors import WireError
 from watchd.kernel.fanotify import (
@@ -54,8 +57,9 @@ class Events:
     def __init__(self) -> None:
         self.names: dict[bytes, int] = {}
         """Key of a name (see `split`) -> event mask, with the pid that was seen first above MASK_BITS."""
-        self.children: dict[bytes, tuple[bytes, bool]] = {}
-        """Key of a directory object (fsid and handle) -> key of the name it was last seen under, and whether by rename."""
+        self.children: dict[bytes, tuple[bytes, bytes | None]] = {}
+        """Key of a directory object (fsid and handle) -> key of the name it was last seen under, and of the one it was first
+        renamed from: None if it was not renamed, empty if that is not told."""
         self.renames: dict[bytes, bytes] = {}
         """Key of the new name -> key of the old name."""
         self.overflow = False
@@ -66,6 +70,21 @@ def split(key: bytes) -> tuple[bytes, bytes]:
     """The directory's key (fsid and struct file_handle) and the name in it."""
     end = FSID_LEN + FILE_HANDLE_HEADER_LEN + _u32.unpack_from(key, FSID_LEN)[0]
     return key[:end], key[end:]
+
+
+def by_directory(names: Mapping[bytes, int]) -> dict[bytes, list[tuple[bytes, int, bytes]]]:
+    """`Events.names` by the key of the directory: name, value and key of each. What `split` does, for many."""
+    directories: dict[bytes, list[tuple[bytes, int, bytes]]] = {}
+    size_of, header = _u32.unpack_from, FSID_LEN + FILE_HANDLE_HEADER_LEN
+    for key, value in names.items():
+        end = header + size_of(key, FSID_LEN)[0]
+        entry = key[end:], value, key
+        directory = key[:end]
+        if known := directories.get(directory):
+            known.append(entry)
+        else:
+            directories[directory] = [entry]
+    return directories
 
 
 def file_handle(directory_key: bytes) -> bytes:
@@ -94,6 +113,8 @@ def decode(buffer: bytes, events: Events) -> None:
                 names[key] = mask | pid << MASK_BITS if known is None else known | mask
             elif buffer[info] == FAN_EVENT_INFO_TYPE_OLD_DFID_NAME and not mask & FAN_ONDIR:
                 _decode_rename(buffer, info, offset + length, pid, events)
+            elif buffer[info] == FAN_EVENT_INFO_TYPE_FID:
+                pass  # a directory would come first
             else:
                 _decode_general(buffer[info : offset + length], mask, pid, events)
             offset += length
@@ -119,6 +140,7 @@ def _decode_rename(buffer: bytes, info: int, end: int, pid: int, events: Events)
 def _decode_general(infos: bytes, mask: int, pid: int, events: Events) -> None:
     """Records about directories and renames, and whatever else the kernel may send."""
     found: dict[int, bytes] = {}
+    old: bytes | None = None
     offset = 0
     while offset < len(infos):
         kind, size = _info_header.unpack_from(infos, offset)
@@ -136,8 +158,8 @@ def _decode_general(infos: bytes, mask: int, pid: int, events: Events) -> None:
         name = _add(found.get(FAN_EVENT_INFO_TYPE_DFID_NAME), mask, pid, events)
     child = found.get(FAN_EVENT_INFO_TYPE_FID)
     if mask & FAN_ONDIR and child and name:
-        by_rename = bool(mask & FAN_RENAME) or events.children.get(child, (b"", False))[1]
-        events.children[child] = (name, by_rename)
+        first_old = events.children.get(child, (b"", None))[1]
+        events.children[child] = (name, old if first_old is None else first_old)
 
 
 def _add(body: bytes | None, mask: int, pid: int, events: Events) -> bytes:

@@ -1,4 +1,4 @@
-"""The bare loop: reads fanotify and reconfigures the superblock of one merged mount on every batch, without
+"""The bare loop: reads fanotify and reconfigures the superblocks of merged mounts on every batch, without
 looking.
 
 This is the least that can heal a merged mount, and so the floor of the latency. It needs a lower that nothing
@@ -32,13 +32,14 @@ def reconfigure(merged: bytes) -> None:
 
 
 def main() -> None:
-    """Usage: reconfigure_loop LOWER MERGED."""
-    root, merged = map(os.fsencode, sys.argv[1:3])
+    """Usage: reconfigure_loop LOWER MERGED...."""
+    root, *mounts = map(os.fsencode, sys.argv[1:])
     group = fanotify.watch_filesystem(root)
     say_ready()
     while True:
         os.read(group, READ_SIZE)
-        reconfigure(merged)
+        for merged in mounts:
+            reconfigure(merged)
 
 
 if __name__ == "__main__":
