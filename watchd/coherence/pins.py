@@ -19,6 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
+USED_MAX = 100_000
+"""Somebody who opens more files than that keeps the audit from trying all of them, not from ending."""
+
 _DELETED = b" (deleted)"
 _WATCH = re.compile(rb"^inotify wd:\S+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _INOTIFY_LINK = b"anon_inode:inotify"
@@ -57,6 +60,26 @@ def find_holders(wanted: Wanted) -> dict[bytes, tuple[Holder, ...]]:
             for path, how in uses:
                 found.setdefault(path, set()).add(Holder(int(pid), command, how))
     return {path: tuple(sorted(holders)) for path, holders in found.items()}
+
+
+def used_paths(mount_points: Sequence[bytes]) -> set[bytes]:
+    """Where all objects were found that processes use below these mount points, and the directories above those.
+
+    Of what is mounted elsewhere under the same path too; at most `USED_MAX`.
+    """
+    prefixes = tuple(point.rstrip(b"/") + b"/" for point in mount_points)
+    used: set[bytes] = set()
+    for pid in [name for name in os.listdir(b"/proc") if name.isdigit()]:
+        for link, _ in _links(pid):
+            for prefix in prefixes:
+                if link.startswith(prefix) and len(used) < USED_MAX:
+                    used |= _upwards(link[len(prefix) :]) | _upwards(link[len(prefix) :].removesuffix(_DELETED))
+    return used - {b""}
+
+
+def _upwards(path: bytes) -> set[bytes]:
+    parts = path.split(b"/")
+    return {b"/".join(parts[:count]) for count in range(1, len(parts) + 1)}
 
 
 def _concerned(link: bytes, prefixes: Iterable[bytes], paths: Mapping[bytes, int]) -> Iterator[bytes]:

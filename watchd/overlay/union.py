@@ -105,6 +105,10 @@ class Union:
         while self._chain:
             self._chain.pop().close()
 
+    def root(self, layer: int) -> int:
+        """The root directory of a layer, borrowed."""
+        return self._roots[layer]
+
     def lookup(self, path: bytes, *, under: int = 0) -> Entry | None:
         """What the layers provide at `path`; None if nothing. Raises OSError if a layer cannot be read.
 

@@ -1,0 +1,195 @@
+"""`watchd check` finds by itself, without a daemon, what test_staleness shows to go stale, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tests.kernel.accidents import ACCIDENTS, Accident, populate, replace, write
+from tests.kernel.compare import look, names_below, open_root, open_twin
+from tests.kernel.running import Daemon
+from tests.kernel.sandbox import Sandbox
+from tests.kernel.test_pinned import held
+
+VANISHING = {
+    "unlink": b"d/file",
+    "removed directory": b"d/dir/a",
+    "moved out of the layer": b"d/dir/sub/leaf",
+}
+"""Accidents after which only names are stale that no layer has any more: no one can list the cache. And one such name."""
+
+FOUND = {name: accident for name, accident in ACCIDENTS.items() if accident.makes_stale and name not in VANISHING}
+
+
+class Checked:
+    """An overlay of which everything is cached, and the verb."""
+
+    def __init__(self, daemon: Daemon, merged: bytes, layers: Sequence[bytes]) -> None:
+        self.daemon, self.merged, self.layers = daemon, merged, layers
+
+    def remember(self, accident: Accident | None = None) -> set[bytes]:
+        with open_root(self.merged) as root:
+            names = names_below(root) | {b"d/" + name for name in (accident.missing if accident else ())}
+            look(root, names)
+        return names
+
+    def check(self) -> tuple[int, dict[str, Any]]:
+        done = self.daemon.verb("check", "--json", self.merged)
+        assert done.stderr == ""
+        [mount] = json.loads(done.stdout)["mounts"]
+        return done.returncode, mount
+
+    def stale(self) -> dict[str, str]:
+        status, mount = self.check()
+        found = {entry["path"]: entry["kind"] for entry in mount["stale"]}
+        assert (status == 1) == bool(found) == (mount["state"] != "coherent")
+        return found
+
+    def untruths(self, names: set[bytes]) -> set[str]:
+        at = self.merged + b".twin"
+        os.makedirs(at, exist_ok=True)
+        with open_root(self.merged) as root, open_twin(at, self.layers) as twin:
+            asked = [*sorted(names), *sorted(names_below(twin) - names)]
+            shown, true = look(root, asked), look(twin, asked)
+        return {os.fsencode(os.fsdecode(path)).decode(errors="replace") for path in asked if shown[path] != true[path]}
+
+    def invalidate(self) -> None:
+        done = self.daemon.verb("invalidate", self.merged)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(params=["lower only", "second of two, merged with the upper"])
+def checked(request: pytest.FixtureRequest, sandbox: Sandbox, daemon: Daemon) -> Checked:
+    """The first layer of a plain overlay, or the last one of a stack in which everything is merged."""
+    low = sandbox.directory(b"low")
+    populate(low)
+    if request.param == "lower only":
+        return Checked(daemon, sandbox.overlay(b"merged", b"low", upper=b"up"), [sandbox.path(b"up"), low])
+    for layer in (b"above", b"up"):
+        sandbox.directory(layer + b"/d/dir")
+        write(sandbox.path(layer + b"/d/dir/of-" + layer), b"it stays")
+    merged = sandbox.overlay(b"merged", b"above", b"low", upper=b"up")
+    return Checked(daemon, merged, [sandbox.path(b"up"), sandbox.path(b"above"), low])
+
+
+def test_what_is_cached_and_right_is_coherent(checked: Checked) -> None:
+    checked.remember()
+    status, mount = checked.check()
+    assert (status, mount["state"], mount["stale"]) == (0, "coherent", [])
+    assert mount["names"] >= 13
+
+
+@pytest.mark.parametrize("accident", FOUND.values(), ids=FOUND)
+def test_what_an_accident_made_stale_is_named_until_it_is_invalidated(checked: Checked, accident: Accident) -> None:
+    names = checked.remember(accident)
+    accident.happen(checked.layers[-1] + b"/d")
+    found = checked.stale()
+    untrue = checked.untruths(names)
+    assert bool(found) == bool(untrue)
+    assert untrue or accident is ACCIDENTS["chmod 700 of a directory"], (
+        "the upper's part of a directory has the attributes"
+    )
+    assert set(found) <= untrue, "it is as it should be"
+    known = {path for path in untrue if os.path.lexists(checked.layers[-1] + b"/" + os.fsencode(path))}
+    assert {path for path in known if not any(path == one or path.startswith(one + "/") for one in found)} == set()
+    checked.invalidate()
+    assert checked.stale() == {}
+
+
+@pytest.mark.parametrize("accident", ["written in place", "a new name that nobody looked for"])
+def test_what_makes_nothing_stale_is_not_told(checked: Checked, accident: str) -> None:
+    checked.remember()
+    ACCIDENTS[accident].happen(checked.layers[-1] + b"/d")
+    assert checked.stale() == {}
+
+
+@pytest.mark.parametrize("accident", VANISHING)
+def test_a_name_that_no_layer_has_any_more_is_found_by_who_uses_it(checked: Checked, accident: str) -> None:
+    checked.remember()
+    path = VANISHING[accident]
+    with held(checked.merged + b"/" + path) as holder:
+        ACCIDENTS[accident].happen(checked.layers[-1] + b"/d")
+        status, mount = checked.check()
+        assert status == 1
+        ghost = next(entry for entry in mount["stale"] if entry["path"] == path.decode())
+        assert ghost["kind"] == "ghost"
+        assert {"pid": holder, "command": "sh", "how": "open"} in ghost["pinned_by"]
+        assert checked.daemon.verb("invalidate", checked.merged).returncode in (0, 1)
+        assert checked.stale()
+    checked.invalidate()
+    assert checked.stale() == {}
+
+
+def test_a_replaced_file_in_use_is_named_with_its_holder(checked: Checked) -> None:
+    with held(checked.merged + b"/d/file") as holder:
+        replace(checked.layers[-1] + b"/d/file", b"new")
+        assert checked.check()[1]["state"] == "pinned"
+        done = checked.daemon.verb("check", checked.merged)
+        assert done.returncode == 1
+        assert done.stdout == f"{os.fsdecode(checked.merged)}/d/file: replaced, held by {holder} (sh, open)\n"
+    checked.invalidate()
+    assert checked.stale() == {}
+
+
+def test_a_listing_in_use_is_named_with_its_holder(sandbox: Sandbox, daemon: Daemon) -> None:
+    for layer in (b"low", b"other"):
+        sandbox.directory(layer + b"/d")
+    merged = sandbox.overlay(b"merged", b"low", b"other")
+    checked = Checked(daemon, merged, [])
+    reading = os.open(merged + b"/d", os.O_RDONLY)
+    os.listdir(reading)
+    write(sandbox.path(b"other/d/new"), b"new")
+    assert checked.stale() == {"d": "listing"}
+    _, mount = checked.check()
+    assert {"pid": os.getpid(), "how": "open"}.items() <= mount["stale"][0]["pinned_by"][0].items()
+    os.close(reading)
+    assert checked.stale() == {}
+
+
+def test_looking_caches_nothing(sandbox: Sandbox, daemon: Daemon) -> None:
+    for number in range(50):
+        sandbox.directory(b"low/d%d" % number)
+        write(sandbox.path(b"low/d%d/file" % number), b"")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    os.stat(merged + b"/d0")
+    status, mount = Checked(daemon, merged, []).check()
+    assert status == 0
+    assert mount["names"] == 50 + 1, "the root's names, and those of the only directory that is cached"
+
+
+def test_an_overlay_of_another_namespace_is_checked_too(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    populate(low)
+    inmate = sandbox.inmate()
+    for name in (b"m", b"up", b"work"):
+        sandbox.directory(name)
+    low_, up, work, m = (os.fsdecode(sandbox.path(name)) for name in (b"low", b"up", b"work", b"m"))
+    inmate.run(f"mount -t overlay overlay -o lowerdir={low_},upperdir={up},workdir={work} {m}")
+    inmate.run(f"cat {m}/d/file; test ! -e {m}/d/new; {m}/d/program -u")
+    checked = Checked(daemon, sandbox.path(b"m"), [])
+    assert checked.stale() == {}
+    write(low + b"/d/new", b"new")
+    replace(low + b"/d/file", b"new")
+    os.chmod(low + b"/d/program", 0o755)
+    assert checked.stale() == {"d/new": "missing", "d/file": "replaced", "d/program": "permission"}
+
+
+def test_a_directory_that_cannot_be_kept_in_memory_twice_is_checked_in_batches(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    low = sandbox.directory(b"low/many")
+    for number in range(5000):
+        os.mknod(low + b"/%d" % number)
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    checked = Checked(daemon, merged, [])
+    for number in range(0, 5000, 100):
+        os.stat(merged + b"/many/%d" % number)
+    for number in (0, 1, 4900):
+        os.unlink(low + b"/%d" % number)
+        shutil.copyfile("/dev/null", low + b"/%d" % number)
+    assert checked.stale() == {"many/0": "replaced", "many/4900": "replaced"}
