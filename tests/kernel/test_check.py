@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 
 from tests.kernel.accidents import ACCIDENTS, Accident, populate, replace, write
 from tests.kernel.compare import look, names_below, open_root, open_twin
-from tests.kernel.running import Daemon
+from tests.kernel.running import REPOSITORY, Daemon
 from tests.kernel.sandbox import Sandbox
 from tests.kernel.test_pinned import held
+from watchd.cli.render import DAMAGE_REMEDY
 
 VANISHING = {
     "unlink": b"d/file",
@@ -78,10 +81,11 @@ def checked(request: pytest.FixtureRequest, sandbox: Sandbox, daemon: Daemon) ->
 
 
 def test_what_is_cached_and_right_is_coherent(checked: Checked) -> None:
-    checked.remember()
-    status, mount = checked.check()
+    names = checked.remember()
+    with held(checked.merged + b"/d/dir/sub/leaf"):
+        status, mount = checked.check()
     assert (status, mount["state"], mount["stale"]) == (0, "coherent", [])
-    assert mount["names"] >= 13
+    assert mount["names"] >= len(names)
 
 
 @pytest.mark.parametrize("accident", FOUND.values(), ids=FOUND)
@@ -179,9 +183,54 @@ def test_an_overlay_of_another_namespace_is_checked_too(sandbox: Sandbox, daemon
     assert checked.stale() == {"d/new": "missing", "d/file": "replaced", "d/program": "permission"}
 
 
-def test_a_directory_that_cannot_be_kept_in_memory_twice_is_checked_in_batches(
-    sandbox: Sandbox, daemon: Daemon
-) -> None:
+def test_metacopies_of_what_was_replaced_are_damage_with_a_word_on_what_to_do(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    write(low + b"/file", b"old")
+    layers = [(b"lowerdir+", low), (b"upperdir", sandbox.directory(b"up")), (b"workdir", sandbox.directory(b"work"))]
+    options = [(b"redirect_dir", b"on"), (b"metacopy", b"on")]
+    checked = Checked(daemon, sandbox.mount_overlay(b"merged", [*layers, *options]), [])
+    os.chmod(checked.merged + b"/file", 0o600)
+    assert checked.stale() == {}
+    replace(low + b"/file", b"newer")
+    checked.invalidate()
+    assert checked.stale() == {"file": "damage"}
+    done = daemon.verb("check", checked.merged)
+    assert done.stdout.startswith(f"{os.fsdecode(checked.merged)}/file: damage: ")
+    assert done.stdout.endswith(f"; {DAMAGE_REMEDY}\n")
+    os.unlink(sandbox.path(b"up/file"))
+    checked.invalidate()
+    assert checked.stale() == {}
+
+
+NAMES = 100_000
+
+
+def peak_bytes(checked: Checked) -> int:
+    """The largest resident set of a check."""
+    command = [sys.executable, "-m", "watchd", "check", "--config", checked.daemon.config, checked.merged]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert b": coherent" in process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss << 10
+
+
+def test_a_directory_is_not_held_in_memory_however_many_names_it_has(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low/many")
+    checked = Checked(daemon, sandbox.overlay(b"merged", b"low", upper=b"up"), [])
+    before = peak_bytes(checked)
+    directory = os.open(low, os.O_RDONLY)
+    for number in range(NAMES):
+        os.mknod(b"a name like any other %d" % number, dir_fd=directory)
+    os.close(directory)
+    for number in range(0, NAMES, 10):
+        os.stat(checked.merged + b"/many/a name like any other %d" % number)
+    assert peak_bytes(checked) - before < NAMES * 60, "less than the names alone take"
+
+
+def test_a_directory_that_is_larger_than_a_batch_is_checked_to_its_end(sandbox: Sandbox, daemon: Daemon) -> None:
     low = sandbox.directory(b"low/many")
     for number in range(5000):
         os.mknod(low + b"/%d" % number)

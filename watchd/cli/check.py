@@ -45,7 +45,7 @@ def check(mounts: tuple[str, ...], as_json: bool, config_file: Path | None) -> i
     if as_json:
         echo_json({"mounts": reports})
     else:
-        for line in (line for report in reports for line in _lines(report)):
+        for line in (line for report in reports for line in report_lines(report)):
             click.echo(line)
     return 0 if is_coherent(reports) else 1
 
@@ -76,7 +76,7 @@ def _shown(target: Target) -> str:
     return printable(os.fsdecode(target.mount_point))
 
 
-def _lines(report: Mapping[str, Any]) -> Iterator[str]:
+def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
     shown = {**report, "stale": report["stale"][:LINES_MAX]}
     if report["state"] == "failed" and report["stale"]:
         yield f"{mount_point_of(report)}: failed: {printable(report['reason'])}"

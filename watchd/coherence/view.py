@@ -155,27 +155,18 @@ class View:
         if descriptor == NEGATIVE:
             return Finding(is_there=False, kind="missing" if self.union.exists(path) else None)
         try:
-            expected = self.union.lookup(path)
-            if expected is None:
+            taken = self.union.take(path)
+            if taken is None:
                 return Finding(is_there=True, kind="ghost")
-            if not self._is_same(path, descriptor, expected):
-                return Finding(is_there=True, kind="replaced")
-            return IN_ORDER if self._is_upper(expected) else self._inspect_attributes(path, descriptor)
+            expected, real = taken
+            try:
+                if not self._is_same(path, descriptor, expected):
+                    return Finding(is_there=True, kind="replaced")
+                return IN_ORDER if self._is_upper(expected) else _inspect_attributes(descriptor, real)
+            finally:
+                os.close(real)
         finally:
             os.close(descriptor)
-
-    def _inspect_attributes(self, path: bytes, descriptor: int) -> Finding:
-        real = self.union.open(path)
-        if real is None:
-            return Finding(is_there=True, kind="ghost")
-        try:
-            status = os.stat(real)
-            if stat.S_ISLNK(status.st_mode):
-                return IN_ORDER
-            program = status if stat.S_ISREG(status.st_mode) and status.st_mode & _EXECUTABLE else None
-            return Finding(True, "permission" if access_differs(descriptor, real) else None, program)
-        finally:
-            os.close(real)
 
     def open_cached(self, path: bytes) -> int | None:
         """An owned descriptor (O_PATH) of what the merged mount has cached at a path; None if that is nothing."""
@@ -338,6 +329,14 @@ class View:
             return set(_names(os.listdir(listing))) != set(self.union.listing(path))
         finally:
             os.close(listing)
+
+
+def _inspect_attributes(descriptor: int, real: int) -> Finding:
+    status = os.stat(real)
+    if stat.S_ISLNK(status.st_mode):
+        return IN_ORDER
+    program = status if stat.S_ISREG(status.st_mode) and status.st_mode & _EXECUTABLE else None
+    return Finding(True, "permission" if access_differs(descriptor, real) else None, program)
 
 
 def _names(listing: Iterable[str]) -> Iterator[bytes]:

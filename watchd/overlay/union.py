@@ -114,6 +114,14 @@ class Union:
 
         `under`: as if the entries that so many upper layers have at this very path were not there.
         """
+        taken = self.take(path, under=under)
+        if taken is None:
+            return None
+        os.close(taken[1])
+        return taken[0]
+
+    def take(self, path: bytes, *, under: int = 0) -> tuple[Entry, int] | None:
+        """What `lookup` gives, and an owned O_PATH descriptor of it. Raises OSError."""
         found = self._locate(path, under=under)
         if found is None:
             return None
@@ -121,9 +129,10 @@ class Union:
         if descriptor is None:
             return None
         try:
-            return Entry(found[0], handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
-        finally:
+            return Entry(found[0], handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode)), descriptor
+        except BaseException:
             os.close(descriptor)
+            raise
 
     def exists(self, path: bytes) -> bool:
         """Whether the layers provide anything at `path`. Raises OSError."""
