@@ -13,14 +13,20 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import drain, latency, memory, start
+from tests.bench import audit, drain, latency, memory, start
 from tests.bench.arena import workspace
 from tests.bench.measure import machine
 from tests.bench.report import Report
 from tests.bench.session import SMALL, Scale, Session
 from tests.bench.subjects import SubjectError
 
-BENCHMARKS = {"start": start.measure, "drain": drain.measure, "latency": latency.measure, "memory": memory.measure}
+BENCHMARKS = {
+    "start": start.measure,
+    "drain": drain.measure,
+    "latency": latency.measure,
+    "memory": memory.measure,
+    "audit": audit.measure,
+}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -33,9 +33,10 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 500
     round_interval_s: float = 0.01
     starts: int = 3
+    audited: int = 1_000_000
 
 
-SMALL = Scale(small_tree=20, tree=100, files=300, rounds=9, starts=1)
+SMALL = Scale(small_tree=20, tree=100, files=300, rounds=9, starts=1, audited=3000)
 
 
 class Session:

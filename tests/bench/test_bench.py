@@ -36,7 +36,7 @@ def test_every_benchmark_runs_and_leaves_nothing_behind(tmp_path_factory: pytest
 
     assert done.returncode == 0, done.stdout + done.stderr
     rows = msgspec.json.decode(result.read_bytes())["rows"]
-    assert {row["benchmark"] for row in rows} == {"start", "drain", "latency", "memory"}
+    assert {row["benchmark"] for row in rows} == {"start", "drain", "latency", "memory", "audit"}
     assert all("watchd" in row["values"] for row in rows) is WATCHD_INCLUDED
     lost = {row["name"]: row["values"].get("watchd", 0) for row in rows if row["name"].endswith("names lost")}
     assert lost == {"fanotify, names lost": 0, "inotify, names lost": 0}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from tests.kernel.running import REPOSITORY, Daemon
 from tests.kernel.sandbox import Sandbox
 from tests.kernel.test_pinned import held
 from watchd.cli.render import DAMAGE_REMEDY
+from watchd.kernel.files import CONFINED, RESOLVE_CACHED, try_openat2
 
 VANISHING = {
     "unlink": b"d/file",
@@ -159,11 +160,17 @@ def test_looking_caches_nothing(sandbox: Sandbox, daemon: Daemon) -> None:
     for number in range(50):
         sandbox.directory(b"low/d%d" % number)
         write(sandbox.path(b"low/d%d/file" % number), b"")
-    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    sandbox.directory(b"other/d0")
+    write(sandbox.path(b"other/d0/more"), b"")
+    merged = sandbox.overlay(b"merged", b"low", b"other", upper=b"up")
     os.stat(merged + b"/d0")
-    status, mount = Checked(daemon, merged, []).check()
-    assert status == 0
-    assert mount["names"] == 50 + 1, "the root's names, and those of the only directory that is cached"
+    for _ in range(2):
+        status, mount = Checked(daemon, merged, []).check()
+        assert status == 0
+        assert mount["names"] == 50 + 2, "the root's names, and those of the only directory that is cached"
+    with open_root(merged) as root:
+        for name in (b"d1", b"d0/file", b"d0/more"):
+            assert try_openat2(root, name, resolve=CONFINED | RESOLVE_CACHED) == -errno.EAGAIN
 
 
 def test_an_overlay_of_another_namespace_is_checked_too(sandbox: Sandbox, daemon: Daemon) -> None:
@@ -238,7 +245,25 @@ def test_a_directory_that_is_larger_than_a_batch_is_checked_to_its_end(sandbox: 
     checked = Checked(daemon, merged, [])
     for number in range(0, 5000, 100):
         os.stat(merged + b"/many/%d" % number)
-    for number in (0, 1, 4900):
-        os.unlink(low + b"/%d" % number)
-        shutil.copyfile("/dev/null", low + b"/%d" % number)
-    assert checked.stale() == {"many/0": "replaced", "many/4900": "replaced"}
+    with held(merged + b"/many/0"), held(merged + b"/many/4900"):
+        for number in (0, 1, 4900):
+            replace(low + b"/%d" % number, b"new")
+        assert checked.stale() == {"many/0": "replaced", "many/4900": "replaced"}
+
+
+def test_an_overlay_in_an_overlay_is_checked_through_its_cache(sandbox: Sandbox, daemon: Daemon) -> None:
+    low = sandbox.directory(b"low")
+    populate(low)
+    inner = Checked(daemon, sandbox.overlay(b"inner", b"low", upper=b"up"), [])
+    outer = Checked(daemon, sandbox.overlay(b"outer", b"inner", upper=b"outer-up"), [])
+    os.stat(outer.merged + b"/d/dir/a")
+    assert inner.stale() == outer.stale() == {}
+    assert outer.check()[1]["names"] < 13, "what is not cached is not looked up"
+    with held(outer.merged + b"/d/dir/a"):
+        replace(low + b"/d/dir/a", b"something new")
+        assert inner.stale() == {"d/dir/a": "replaced"}, (
+            "the outer one shows what its lower does, so it is the inner one's fault"
+        )
+    with held(outer.merged + b"/d/dir/b"):
+        replace(inner.merged + b"/d/dir/b", b"something new")
+        assert outer.stale() == {"d/dir/b": "replaced"}
