@@ -5,8 +5,8 @@ Facts
   whiteouts included, and goes down where the merged mount has the directory cached.
 * A directory merged of several layers is told apart by its first part only; what it lists tells of the others. It also tells of
   a listing that is stale because somebody who read it has the directory open.
-* Listing a directory through the mount caches none of its names, except for those that were copied up and, with xino over several
-  filesystems, those of merged directories.
+* Listing a directory through the mount caches none of its names, except for those that were copied up and, with xino over
+  several filesystems, those of merged directories.
 * User space cannot list the dentry cache. A name that no layer has any more, and no process uses, is not found: it is stale for
   whoever asks for it by that name, until it is invalidated.
 * Attributes that changed before the host was booted cannot be cached in their old state.
