@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +161,21 @@ def test_a_listing_in_use_is_named_with_its_holder(sandbox: Sandbox, daemon: Dae
     assert {"pid": os.getpid(), "how": "open"}.items() <= mount["stale"][0]["pinned_by"][0].items()
     os.close(reading)
     assert checked.stale() == {}
+
+
+def test_nothing_is_imported_from_the_working_directory(
+    checked: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a tenant's, and who looks for setuid programs is root."""
+    home = tmp_path / "tenant"
+    (home / "watchd").mkdir(parents=True)
+    (home / "watchd/__init__.py").write_text("open('imported', 'w').close()")
+    with held(checked.merged + b"/d/program"):
+        os.chmod(checked.layers[-1] + b"/d/program", 0o755)
+        with monkeypatch.context() as there:
+            there.chdir(home)
+            assert checked.stale() == {"d/program": "permission"}
+    assert not (home / "imported").exists()
 
 
 def test_looking_caches_nothing(sandbox: Sandbox, daemon: Daemon) -> None:

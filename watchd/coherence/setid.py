@@ -20,6 +20,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD, function, system_call
@@ -44,9 +45,12 @@ class Prober:
 
     def __init__(self, clone: int) -> None:
         """`clone` is a detached clone of the mount (given away). Raises OSError."""
-        command = [sys.executable, "-m", __name__, str(clone)]
+        # -P, because the working directory, from which -m would import first, may be a tenant's.
+        command = [sys.executable, "-P", "-m", "watchd.coherence.setid", str(clone)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        pipe = subprocess.PIPE
         try:
-            self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[clone])
+            self._helper = subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=[clone], env=environment)
         finally:
             os.close(clone)
 
