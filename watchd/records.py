@@ -104,4 +104,18 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
     layer: str = ""
 
 
-Record = Change | Desync | Resync | Action | Start | Stop
+class Damage(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """What was written through a stale name, so that the upper hides what the lowers have. Nothing repairs that by itself."""
+
+    time_ns: int
+    mount: str
+    """major:minor of the superblock."""
+    mount_point: bytes
+    path: bytes
+    """Below the mount point."""
+    reason: str
+    """What happened, a sentence for people."""
+    layer: str = ""
+
+
+Record = Change | Desync | Resync | Action | Start | Stop | Damage

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import drain, latency, memory, neighbour, noise, start, storm
+from tests.bench import audit, drain, latency, memory, neighbour, noise, start, storm
 from tests.bench.arena import workspace
 from tests.bench.measure import machine
 from tests.bench.report import Report
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "noise": noise.measure,
     "neighbour": neighbour.measure,
     "memory": memory.measure,
+    "audit": audit.measure,
 }
 
 

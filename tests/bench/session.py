@@ -44,6 +44,7 @@ class Scale(msgspec.Struct, frozen=True):
     neighbour_walks: int = 3
     neighbour_turns: int = 3
     starts: int = 3
+    audited: int = 1_000_000
 
 
 SMALL = Scale(
@@ -62,6 +63,7 @@ SMALL = Scale(
     neighbour_walks=1,
     neighbour_turns=1,
     starts=1,
+    audited=3000,
 )
 
 

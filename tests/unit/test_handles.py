@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from watchd.errors import WireError
-from watchd.wire.handles import OVL_FILEID_V1, OverlayHandle, parse_overlay_handle
+from watchd.wire.handles import OVL_FILEID_V1, OverlayHandle, parse_origin, parse_overlay_handle
 
 UUID = bytes(range(1, 17))
 FID = bytes.fromhex("0200000000000000")
@@ -43,3 +43,10 @@ def test_no_uuid_is_not_a_uuid_that_others_could_have() -> None:
 def test_what_is_no_overlay_handle_is_refused(handle_type: int, data: bytes) -> None:
     with pytest.raises(WireError, match="handle of an overlay"):
         parse_overlay_handle(handle_type, data)
+
+
+def test_the_origin_of_a_copy_has_no_padding_and_may_be_empty() -> None:
+    assert parse_origin(encoded()[3:]) == parse_overlay_handle(OVL_FILEID_V1, encoded())
+    assert parse_origin(b"") is None
+    with pytest.raises(WireError):
+        parse_origin(encoded()[3:-1])

@@ -34,6 +34,7 @@ VERBS = {
     "run": "The daemon, in the foreground.",
     "status": "Mounts, layers, journal, and what is pinned by whom.",
     "sync": "Wait until every change made so far is journalled and visible.",
+    "check": "Audit whole mounts against their layers.",
     "invalidate": "Make mounts look at their layers again, now.",
     "log": "Journal records in order.",
     "config": "Check the configuration, or show it with its origins.",

@@ -12,6 +12,11 @@ import click
 
 INCOHERENT_STATES = frozenset({"stale", "pinned", "failed"})
 
+DAMAGE_REMEDY = (
+    "nothing repairs this by itself: save what is worth keeping, remove the entry from the upper directory, then run "
+    "`watchd invalidate`"
+)
+
 
 def echo_json(value: Any) -> None:
     """Prints one value as one line of JSON."""
@@ -90,4 +95,6 @@ def _held_by(entry: Mapping[str, Any]) -> str:
 
 
 def _why(entry: Mapping[str, Any]) -> str:
+    if entry["kind"] == "damage":
+        return f": {printable(entry['reason'])}; {DAMAGE_REMEDY}"
     return f" ({printable(entry['reason'])})" if entry.get("reason") else ""

@@ -7,19 +7,16 @@ from the layers and is still held by somebody is not seen here, but by the daemo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate as invalidate_superblock
+from watchd.coherence.selection import targets
 from watchd.coherence.target import Target
-from watchd.coherence.targets import build_target
 from watchd.coherence.view import Stale, View
-from watchd.errors import LayerError, MountError, NotPermittedError, UnsupportedError, UsageError
+from watchd.errors import LayerError, MountError, NotPermittedError, UnsupportedError
 from watchd.kernel.namespaces import Courier
-from watchd.overlay.discovery import discover, matches
-from watchd.overlay.layers import resolve
-from watchd.overlay.model import Overlay
 
 
 def invalidate(patterns: Sequence[str], method: str) -> list[dict[str, Any]]:
@@ -29,19 +26,10 @@ def invalidate(patterns: Sequence[str], method: str) -> list[dict[str, Any]]:
         raise UnsupportedError(f"the method {method} is not part of this version", remedy="use --method invalidate")
     courier, handles = Courier(), Handles()
     try:
-        overlays = _select(patterns)
-        return [_act(build_target(overlay, resolve(overlay, courier), courier), handles) for overlay in overlays]
+        return [_act(target, handles) for target in targets(patterns, courier)]
     finally:
         handles.expire()
         courier.close()
-
-
-def _select(patterns: Sequence[str]) -> Iterator[Overlay]:
-    overlays = discover("all").overlays
-    for pattern in patterns:
-        if not any(matches(overlay, pattern) for overlay in overlays):
-            raise UsageError(f"no overlay mount matches {pattern!r}", remedy="see `findmnt -t overlay`")
-    return (overlay for overlay in overlays if any(matches(overlay, pattern) for pattern in patterns))
 
 
 def _act(target: Target, handles: Handles) -> dict[str, Any]:

@@ -36,6 +36,9 @@ from watchd.kernel.statx import identity_of
 from watchd.overlay.model import MountPoint, View, build_overlays
 from watchd.wire.mountinfo import OVERLAY, MountInfo, parse_mountinfo
 
+USED_MAX = 100_000
+"""Somebody who opens more files than that keeps the audit from trying all of them, not from ending."""
+
 _DELETED = b" (deleted)"
 _NEWLINE = rb"\012"
 _WATCH = re.compile(
@@ -190,6 +193,34 @@ class _Search:
         while path := path.rpartition(b"/")[0]:
             if path in wanted:
                 yield _Candidate(path, is_itself=False, is_there=is_there)
+
+
+def used_paths(mount_points: Sequence[bytes]) -> set[bytes]:
+    """Where all objects were found that processes use below these mount points, and the directories above those.
+
+    Of what is mounted elsewhere under the same path too; at most `USED_MAX`.
+    """
+    prefixes = tuple(point.rstrip(b"/") + b"/" for point in mount_points)
+    used: set[bytes] = set()
+    for pid in [name for name in os.listdir(b"/proc") if name.isdigit()]:
+        for text in _texts(pid):
+            for prefix in prefixes:
+                if text.startswith(prefix) and len(used) < USED_MAX:
+                    used |= _upwards(text[len(prefix) :]) | _upwards(text[len(prefix) :].removesuffix(_DELETED))
+    return used - {b""}
+
+
+def _texts(pid: bytes) -> Iterator[bytes]:
+    """Where the objects that a process uses were found."""
+    for link, _ in _links(pid):
+        yield _readlink(link) or b""
+    for _, _, text in set(_mapped(pid)):
+        yield text.replace(_NEWLINE, b"\n")
+
+
+def _upwards(path: bytes) -> set[bytes]:
+    parts = path.split(b"/")
+    return {b"/".join(parts[:count]) for count in range(1, len(parts) + 1)}
 
 
 def _links(pid: bytes) -> Iterator[tuple[bytes, str]]:

@@ -24,6 +24,7 @@ import errno
 import os
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -70,13 +71,27 @@ class Stale(msgspec.Struct, frozen=True, gc=False):
     """Why it could not be repaired, or what happened to it; a sentence for people."""
 
 
+class Finding(NamedTuple):
+    """What is to be said of one name."""
+
+    is_there: bool
+    """An object is cached under that name."""
+    kind: str | None = None
+    """How it is stale, None if it is not."""
+    program: os.stat_result | None = None
+    """What the lower has there, if that can be executed: it may be in the cache with a setuid bit that was taken away."""
+
+
+NOT_CACHED = Finding(is_there=False)
+IN_ORDER = Finding(is_there=True)
+
+
 class View:
     """A merged mount and its layers, open for the length of one piece of work."""
 
     def __init__(self, target: Target, handles: Handles) -> None:
         """Raises MountError."""
-        self.target = self._target = target
-        self._handles = handles
+        self.target, self._handles = target, handles
         self._borrowed: list[LayerRoot] = []
         self._union: Union | None = None
         self.merged = target.open()
@@ -97,10 +112,10 @@ class View:
         """The layers, opened when first asked for. Raises LayerError."""
         if self._union is None:
             roots = []
-            for layer in self._target.layers:
+            for layer in self.target.layers:
                 roots.append(self._handles.borrow(layer))
                 self._borrowed.append(layer)
-            self._union = Union(roots, userxattr=self._target.userxattr)
+            self._union = Union(roots, userxattr=self.target.userxattr)
         return self._union
 
     def stale(self, suspects: Mapping[bytes, int], *, acted: bool) -> Iterator[Stale]:
@@ -121,8 +136,42 @@ class View:
         """The same with the processes that hold each. Looks through all processes."""
         device = os.fstat(self.merged).st_dev
         objects = {entry.path: self._object(entry.path) for entry in stale}
-        holders = find_holders(Wanted(device, self._target.shown_at, objects))
+        holders = find_holders(Wanted(device, self.target.shown_at, objects))
         return tuple(msgspec.structs.replace(entry, pinned_by=holders.get(entry.path, ())) for entry in stale)
+
+    @property
+    def upper(self) -> int | None:
+        """The root of the upper (borrowed), None if there is none. Raises LayerError."""
+        return self.union.root(0) if self.target.has_upper else None
+
+    def inspect(self, path: bytes) -> Finding:
+        """All that can be seen to be wrong with one name by itself, whatever happened to it. Raises LayerError, OSError.
+
+        What a directory lists is not compared. A stale setuid bit is not seen.
+        """
+        descriptor = self._cached(path)
+        if descriptor == UNCACHED:
+            return NOT_CACHED
+        if descriptor == NEGATIVE:
+            return Finding(is_there=False, kind="missing" if self.union.exists(path) else None)
+        try:
+            taken = self.union.take(path)
+            if taken is None:
+                return Finding(is_there=True, kind="ghost")
+            expected, real = taken
+            try:
+                if not self._is_same(path, descriptor, expected):
+                    return Finding(is_there=True, kind="replaced")
+                return IN_ORDER if self._is_upper(expected) else _inspect_attributes(descriptor, real)
+            finally:
+                os.close(real)
+        finally:
+            os.close(descriptor)
+
+    def open_cached(self, path: bytes) -> int | None:
+        """An owned descriptor (O_PATH) of what the merged mount has cached at a path; None if that is nothing."""
+        descriptor = self._cached(path)
+        return descriptor if descriptor >= 0 else None
 
     def _object(self, path: bytes) -> tuple[int, int] | None:
         descriptor = self._cached(path)
@@ -224,7 +273,7 @@ class View:
     def _judge_object(self, path: bytes, descriptor: int, expected: Entry, kinds: int, *, acted: bool) -> str | None:
         if not self._is_same(path, descriptor, expected):
             return "replaced"
-        if expected.is_dir and kinds & STRUCTURE and len(self._target.layers) > 1:
+        if expected.is_dir and kinds & STRUCTURE and len(self.target.layers) > 1:
             # The handle names one directory only; those merged with it may be others than the cached ones.
             if not acted:
                 return "listing"
@@ -239,7 +288,7 @@ class View:
 
     def _is_upper(self, entry: Entry) -> bool:
         """Whether the upper provides it: its attributes are changed by way of the overlay only."""
-        return self._target.has_upper and entry.layer == 0
+        return self.target.has_upper and entry.layer == 0
 
     def _is_same(self, path: bytes, descriptor: int, expected: Entry) -> bool:
         """Whether a cached object stands for the one that the layers provide now."""
@@ -281,6 +330,14 @@ class View:
             return set(_names(os.listdir(listing))) != set(self.union.listing(path))
         finally:
             os.close(listing)
+
+
+def _inspect_attributes(descriptor: int, real: int) -> Finding:
+    status = os.stat(real)
+    if stat.S_ISLNK(status.st_mode):
+        return IN_ORDER
+    program = status if stat.S_ISREG(status.st_mode) and status.st_mode & _EXECUTABLE else None
+    return Finding(True, "permission" if access_differs(descriptor, real) else None, program)
 
 
 def _names(listing: Iterable[str]) -> Iterator[bytes]:

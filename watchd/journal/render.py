@@ -10,7 +10,7 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
-from watchd.records import Action, Change, Desync, Kind, Record, Resync, Start, Stop, Via
+from watchd.records import Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
 
 
 def to_json(seq: int, record: Record) -> dict[str, Any]:
@@ -66,6 +66,13 @@ def _particulars(record: Record) -> dict[str, Any]:
             return {"closes": record.closes, "differences": record.differences}
         case Action():
             return _action(record)
+        case Damage():
+            return {
+                "mount": record.mount,
+                **_name("mount_point", record.mount_point),
+                **_name("path", record.path),
+                "reason": record.reason,
+            }
         case Start() | Stop():
             return {"version": record.version, "boot_id": record.boot_id}
 
@@ -123,6 +130,11 @@ def _sentence(record: Record) -> str:
                 f"{printable(record.method)} of {printable(record.mount_point)} ({printable(record.mount)}): "
                 f"{printable(record.result)}, stale {record.stale_before} -> {record.stale_after}, "
                 f"{record.duration_ns / 1e6:.3f} ms, up to {record.upto}"
+            )
+        case Damage():
+            return (
+                f"damage of {printable(record.path)} in {printable(record.mount_point)} ({printable(record.mount)}): "
+                f"{printable(record.reason)}"
             )
         case Start() | Stop():
             return f"{type(record).__name__.lower()} of watchd {printable(record.version)}"

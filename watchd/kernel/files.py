@@ -47,7 +47,7 @@ _PATH_MAX = 4096
 
 _openat2 = system_call(437, "openat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _quiet_openat2 = quiet_system_call(437, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
-_faccessat2 = system_call(439, "faccessat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
+_quiet_faccessat2 = quiet_system_call(439, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
 _name_to_handle_at = function(
     "name_to_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int
 )
@@ -101,20 +101,14 @@ def _try_in_pieces(dirfd: int, path: bytes, *, flags: int, resolve: int) -> int:
         os.close(directory)
 
 
-def faccessat2(dirfd: int, path: bytes, *, mode: int, flags: int) -> bool:
-    """faccessat2(2): whether the calling thread's file credentials have `mode`; other errors than EACCES are raised."""
-    try:
-        _faccessat2(dirfd, path, mode, flags)
-    except PermissionError as error:
-        if error.errno != errno.EACCES:
-            raise
-        return False
-    return True
-
-
 def renameat2(old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, *, flags: int = RENAME_NOREPLACE) -> None:
     """renameat2(2). Raises OSError (EEXIST: the new name is taken)."""
     _renameat2(old_dirfd, old, new_dirfd, new, flags)
+
+
+def try_faccessat2(dirfd: int, path: bytes, *, mode: int, flags: int) -> int:
+    """faccessat2(2) where a refusal is an everyday answer: 0, or -errno."""
+    return _quiet_faccessat2(dirfd, path, mode, flags)
 
 
 class _HandleBuffer(threading.local):

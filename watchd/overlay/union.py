@@ -14,6 +14,8 @@ Facts (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c and readdir
   through its /proc/self/fd link.
 * Data-only layers provide no names.
 
+* Directories list their entries with their types (d_type), so only character devices have to be looked at.
+
 Descriptors of directories are kept for the path last asked for and its ancestors only, so asking in sorted order is cheap and
 the number of open files is bounded by depth times layers.
 """
@@ -21,13 +23,18 @@ the number of open files is bounded by depth times layers.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, try_openat2
 from watchd.overlay.access import handle_of
+
+BATCH = 512
+"""So many names of a directory are held at a time."""
 
 _OPEN_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 _NOTHING = (errno.ENOENT, errno.ESTALE)
@@ -43,6 +50,15 @@ class Entry:
     handle: FileHandle | None
     """None where the layer's filesystem has no file handles, as an overlay that is a layer of another one."""
     is_dir: bool
+
+
+class Name(NamedTuple):
+    """A name in a directory of one of the layers."""
+
+    name: bytes
+    is_dir: bool
+    listed: bool
+    """The merged directory lists it; false for what a whiteout hides."""
 
 
 @dataclass(slots=True)
@@ -89,62 +105,91 @@ class Union:
         while self._chain:
             self._chain.pop().close()
 
-    def lookup(self, path: bytes) -> Entry | None:
-        """What the layers provide at `path`; None if nothing. Raises OSError if a layer cannot be read."""
-        found = self._locate(path)
+    def root(self, layer: int) -> int:
+        """The root directory of a layer, borrowed."""
+        return self._roots[layer]
+
+    def lookup(self, path: bytes, *, under: int = 0) -> Entry | None:
+        """What the layers provide at `path`; None if nothing. Raises OSError if a layer cannot be read.
+
+        `under`: as if the entries that so many upper layers have at this very path were not there.
+        """
+        taken = self.take(path, under=under)
+        if taken is None:
+            return None
+        os.close(taken[1])
+        return taken[0]
+
+    def take(self, path: bytes, *, under: int = 0) -> tuple[Entry, int] | None:
+        """What `lookup` gives, and an owned O_PATH descriptor of it. Raises OSError."""
+        found = self._locate(path, under=under)
         if found is None:
             return None
         descriptor = _open(found[1], found[2])
         if descriptor is None:
             return None
         try:
-            return Entry(found[0], handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode))
-        finally:
+            return Entry(found[0], handle_of(descriptor), stat.S_ISDIR(os.stat(descriptor).st_mode)), descriptor
+        except BaseException:
             os.close(descriptor)
+            raise
 
     def exists(self, path: bytes) -> bool:
         """Whether the layers provide anything at `path`. Raises OSError."""
         return self._locate(path) is not None
 
-    def open(self, path: bytes) -> int | None:
+    def open(self, path: bytes, *, under: int = 0) -> int | None:
         """An owned O_PATH descriptor of the object that `lookup` describes."""
-        found = self._locate(path)
+        found = self._locate(path, under=under)
         return None if found is None else _open(found[1], found[2])
 
-    def _locate(self, path: bytes) -> tuple[int, int, bytes] | None:
+    def _locate(self, path: bytes, *, under: int = 0) -> tuple[int, int, bytes] | None:
         """The layer that provides a path, the descriptor (borrowed) of its directory there, and the name in it."""
         if not path:
-            return 0, self._roots[0], b"."
+            return under, self._roots[under], b"."
         parent, _, name = path.rpartition(b"/")
         for member in self._members(parent):
+            if member.layer < under:
+                continue
             try:
                 status = os.stat(name, dir_fd=member.descriptor, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _ABSENT:
                     continue
                 raise
-            if self._is_whiteout(status, member, name):
+            if self._is_whiteout(status, member.descriptor, name):
                 return None
             return member.layer, member.descriptor, name
         return None
 
     def listing(self, path: bytes) -> dict[bytes, bool]:
         """The names of a merged directory and whether each is a directory. Raises OSError."""
+        return {name: is_dir for batch in self.names(path) for name, is_dir, listed in batch if listed}
+
+    def names(self, path: bytes) -> Iterator[list[Name]]:
+        """Every name that a layer's part of a merged directory has, whiteouts too, each once and in no order.
+
+        Of a directory of any size only a batch is held, and other paths may be asked for between two batches. Raises OSError.
+        """
         members = self._members(path)
-        if len(members) == 1 and self._xattr(members[0].descriptor, "origin") is None:
-            return {name: stat.S_ISDIR(status.st_mode) for name, status in _scan(members[0].descriptor)}
-        names: dict[bytes, bool] = {}
-        hidden: set[bytes] = set()
-        for member in members:
-            marked = self._xattr(member.descriptor, "opaque") == b"x"
-            for name, status in _scan(member.descriptor):
-                if name in names or name in hidden:
-                    continue
-                if self._is_whiteout(status, member, name, by_xattr=marked):
-                    hidden.add(name)
-                else:
-                    names[name] = stat.S_ISDIR(status.st_mode)
-        return names
+        alone = len(members) == 1 and self._xattr(members[0].descriptor, "origin") is None
+        for position in range(len(members)):
+            now = self._members(path)
+            if position >= len(now):
+                return  # the directory changed meanwhile
+            listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=now[position].descriptor)
+            try:
+                with os.scandir(listing) as entries:
+                    marked = self._xattr(listing, "opaque") == b"x"
+                    while found := list(itertools.islice(entries, BATCH)):
+                        above = self._members(path)[:position]
+                        yield [
+                            self._named(entry, listing, plain=alone, marked=marked)
+                            for entry in found
+                            if not _has_any(above, os.fsencode(entry.name))
+                        ]
+            finally:
+                os.close(listing)
 
     def is_merged(self, path: bytes) -> bool:
         """Whether more than one layer contributes to the directory at `path`. Raises OSError."""
@@ -241,11 +286,22 @@ class Union:
         search.path, search.absolute, search.stop = to + after, True, False
         return len(to) - 1
 
-    def _is_whiteout(self, status: os.stat_result, member: _Member, name: bytes, *, by_xattr: bool = True) -> bool:
+    def _named(self, entry: os.DirEntry[str], directory: int, *, plain: bool, marked: bool) -> Name:
+        """`plain`: whiteouts are listed too. `marked`: whiteouts may be regular files."""
+        name, is_dir = os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)
+        if plain or is_dir or entry.is_symlink() or (not marked and entry.is_file(follow_symlinks=False)):
+            return Name(name, is_dir, listed=True)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except OSError:  # gone since it was listed
+            return Name(name, is_dir, listed=False)
+        return Name(name, is_dir, listed=not self._is_whiteout(status, directory, name, by_xattr=marked))
+
+    def _is_whiteout(self, status: os.stat_result, directory: int, name: bytes, *, by_xattr: bool = True) -> bool:
         if stat.S_ISCHR(status.st_mode):
             return status.st_rdev == 0
         if by_xattr and stat.S_ISREG(status.st_mode) and status.st_size == 0:
-            return self._xattr(member.descriptor, "whiteout", name) is not None
+            return self._xattr(directory, "whiteout", name) is not None
         return False
 
     def _marks(self, descriptor: int) -> set[str]:
@@ -273,16 +329,13 @@ def _open(directory: int, name: bytes) -> int | None:
     raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(name))
 
 
-def _scan(directory: int) -> list[tuple[bytes, os.stat_result]]:
-    listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        found = []
-        with os.scandir(listing) as entries:
-            for entry in entries:
-                try:
-                    found.append((os.fsencode(entry.name), entry.stat(follow_symlinks=False)))
-                except OSError:  # gone since it was listed
-                    continue
-        return found
-    finally:
-        os.close(listing)
+def _has_any(members: Sequence[_Member], name: bytes) -> bool:
+    for member in members:
+        try:
+            os.stat(name, dir_fd=member.descriptor, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+        else:
+            return True
+    return False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from watchd import __version__
 from watchd.coherence.engine import Engine
-from watchd.coherence.pins import Holder
+from watchd.coherence.report import mount_report, name
 from watchd.coherence.view import Stale
 from watchd.journal.writer import Journal
 from watchd.metrics import Snapshot
@@ -31,14 +30,6 @@ FILESYSTEMS = {
     0x27E0EB: "cgroup",
     0x6969: "nfs",
 }
-
-
-def name(value: bytes) -> dict[str, str]:
-    """A path for JSON: `path`, and `path_b64` beside it if it is not UTF-8."""
-    try:
-        return {"path": value.decode()}
-    except UnicodeDecodeError:
-        return {"path": value.decode(errors="replace"), "path_b64": base64.b64encode(value).decode()}
 
 
 def mounts_status(mounts: Iterable[Mount], engine: Engine) -> list[dict[str, Any]]:
@@ -110,34 +101,8 @@ def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...],
 
 
 def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
-    overlay = mount.overlay
     state, reason, stale, actions = state_of(mount, engine)
-    return {
-        "device": overlay.device,
-        "mount_points": [
-            {**name(point.path), "namespace": point.namespace, "pid": point.pid} for point in overlay.mount_points
-        ],
-        "lowerdir": [os.fsdecode(path) for path in (*overlay.lowerdir, *overlay.data_only)],
-        "upperdir": overlay.upperdir and os.fsdecode(overlay.upperdir),
-        "workdir": overlay.workdir and os.fsdecode(overlay.workdir),
-        "read_only": overlay.read_only,
-        "state": state,
-        "reason": reason,
-        "stale": [
-            {
-                **name(entry.path),
-                "kind": entry.kind,
-                "pinned_by": [_holder(holder) for holder in entry.pinned_by],
-                "reason": entry.reason,
-            }
-            for entry in stale
-        ],
-        "actions": actions,
-    }
-
-
-def _holder(holder: Holder) -> dict[str, Any]:
-    return {"pid": holder.pid, "command": holder.command, "how": holder.how}
+    return mount_report(mount.overlay, state=state, reason=reason, stale=stale, actions=actions)
 
 
 def _layer(layer: Layer) -> dict[str, Any]:

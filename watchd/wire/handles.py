@@ -1,4 +1,5 @@
-"""Overlay file handles: what name_to_handle_at(AT_HANDLE_FID) answers on an object of a merged mount.
+"""Overlay file handles: what name_to_handle_at(AT_HANDLE_FID) answers on an object of a merged mount, and what the xattr
+overlay.origin of an upper object holds.
 
 Facts (struct ovl_fh and ovl_fb in fs/overlayfs/overlayfs.h; the same on every architecture, no byte order involved)
 
@@ -50,6 +51,14 @@ class OverlayHandle(msgspec.Struct, frozen=True, gc=False):
     def in_upper(self) -> bool:
         """The object is in the upper."""
         return bool(self.flags & _PATH_UPPER)
+
+
+def parse_origin(data: bytes) -> OverlayHandle | None:
+    """Decode the xattr overlay.origin, which has no padding; None if it is empty, as over a layer without file handles.
+
+    Raises WireError.
+    """
+    return parse_overlay_handle(OVL_FILEID_V1, bytes(_PADDING_BYTES) + data) if data else None
 
 
 def parse_overlay_handle(handle_type: int, data: bytes) -> OverlayHandle:

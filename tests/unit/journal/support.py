@@ -10,7 +10,7 @@ from typing import get_args
 from hypothesis import strategies as st
 
 from watchd.journal.writer import Journal, JournalSettings
-from watchd.records import Action, Change, Desync, Record, Resync, Start, Stop
+from watchd.records import Action, Change, Damage, Desync, Record, Resync, Start, Stop
 
 AT_ONCE = JournalSettings(max_delay_ns=0)
 SMALL_SEGMENTS = JournalSettings(max_delay_ns=0, segment_size_bytes=600)
@@ -72,5 +72,6 @@ records = st.one_of(
     st.builds(Action, _INTEGERS, _NAMES, _PATHS, _NAMES, _NAMES, _INTEGERS, _INTEGERS, _INTEGERS, _INTEGERS, _NAMES),
     st.builds(Start, _INTEGERS, _NAMES, _NAMES),
     st.builds(Stop, _INTEGERS, _NAMES, _NAMES),
+    st.builds(Damage, _INTEGERS, _NAMES, _PATHS, _PATHS, _NAMES, _NAMES),
 )
-assert len(get_args(Record)) == 6
+assert len(get_args(Record)) == 7

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.unit.journal.support import records
 from watchd.journal.render import printable, to_json, to_text
-from watchd.records import Action, Change, Desync, Kind, Record, Resync, Start, Stop, Via
+from watchd.records import Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
 
 T = 1_700_000_000_000_000_009
 HEAD = {"seq": 4, "time": "2023-11-14T22:13:20.000000009Z"}
@@ -36,6 +36,11 @@ HEAD = {"seq": 4, "time": "2023-11-14T22:13:20.000000009Z"}
             {"type": "action", "layer": "", "mount": "0:42", "mount_point": "/m\ufffd", "mount_point_b64": "L23/",
              "method": "invalidate", "result": "coherent", "stale_before": 2, "stale_after": 0, "duration_ns": 900,
              "upto": 3},
+        ),
+        (
+            Damage(T, "0:42", b"/m", b"\xff", "hides new"),
+            {"type": "damage", "layer": "", "mount": "0:42", "mount_point": "/m", "path": "\ufffd", "path_b64": "/w==",
+             "reason": "hides new"},
         ),
         (Start(T, "1.0", "b"), {"type": "start", "layer": "", "version": "1.0", "boot_id": "b"}),
         (Stop(T, "1.0", "b"), {"type": "stop", "layer": "", "version": "1.0", "boot_id": "b"}),
@@ -76,6 +81,11 @@ def test_names_that_differ_look_different() -> None:
     shown = [printable(name) for name in names]
     assert len(set(shown)) == len(names)
     assert shown[:6] == ["a\\\\nb", "a\\nb", "a\\x1bb", "a\\xffb", "a\\u202eb", "a\u00e9b"]
+
+
+def test_a_person_sees_what_was_damaged() -> None:
+    text = to_text(4, Damage(T, "0:42", b"/m", b"a\nb", "it hides the lower's new file"))
+    assert text.endswith(r"  -  damage of a\nb in /m (0:42): it hides the lower's new file")
 
 
 def test_a_person_sees_what_happened() -> None:
