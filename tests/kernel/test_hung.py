@@ -196,7 +196,7 @@ def test_a_server_that_hangs_is_noticed_though_nothing_changes(bed: Bed, daemon:
     assert f"waiting for {os.fsdecode(bed.sandbox.path(b'served'))} (fuse" in done.stdout
     bed.assert_the_other_is_kept()
     bed.server.go_on()
-    assert daemon.sync() == []
+    until(daemon, lambda: daemon.sync() == [])
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["new", "kept"])

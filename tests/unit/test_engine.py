@@ -17,7 +17,7 @@ from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.engine import INLINE_DURATION_MAX_NS, RECHECK_FIRST_NS, RECHECK_LAST_NS, Engine
 from watchd.coherence.handles import Handles
 from watchd.coherence.ladder import Step
-from watchd.coherence.round import ANYTHING, Round, Task
+from watchd.coherence.round import ANYTHING, Outcome, Round, Task
 from watchd.coherence.target import LayerRoot, Target
 from watchd.coherence.view import Stale
 from watchd.errors import MountError
@@ -65,7 +65,7 @@ class Call:
         self._error = error
         self._over.set()
 
-    def result(self) -> tuple[Round, tuple[Stale, ...]]:
+    def result(self) -> Outcome:
         assert self._over.wait(PATIENCE_S), "the test forgot to end a round"
         if self._error:
             raise self._error
@@ -74,7 +74,7 @@ class Call:
         steps = ()
         if self._method:
             steps = (Step(self._method, result, stale, stale, self._duration_ns, self._duration_ns),)
-        return Round(self.target, steps, result, stale, stale, self.upto, None), self._stale
+        return Outcome(Round(self.target, steps, result, stale, stale, self.upto, None), self._stale)
 
 
 class Stage:
@@ -99,7 +99,7 @@ class Stage:
         *,
         around: Sequence[Target] = (),
         thorough: bool = False,
-    ) -> tuple[Round, tuple[Stale, ...]]:
+    ) -> Outcome:
         suspects = {**task.suspects, **{stale.path: ANYTHING for stale in task.stale}}
         call = Call(target, suspects, task.must_act, task.upto, task.oldest_ns)
         self._begun.append(call)

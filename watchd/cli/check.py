@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from watchd.cli.options import config_option, json_option, mount_patterns
-from watchd.cli.render import echo_json, is_coherent, mount_point_of, printable, stale_lines
+from watchd.cli.render import echo_json, is_sound, mount_point_of, printable, stale_lines
 from watchd.config import load
 from watchd.errors import NotPermittedError
 
@@ -47,7 +47,7 @@ def check(mounts: tuple[str, ...], as_json: bool, config_file: Path | None) -> i
     else:
         for line in (line for report in reports for line in report_lines(report)):
             click.echo(line)
-    return 0 if is_coherent(reports) else 1
+    return 0 if is_sound(reports) else 1
 
 
 def _reports(patterns: list[str], config_file: Path | None, bar: Bar) -> Iterator[dict[str, Any]]:
@@ -83,7 +83,7 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield from stale_lines([shown])
     if (more := report["stale_total"] - len(shown["stale"])) > 0:
         yield f"{mount_point_of(report)}: {more} more stale entries"
-    if is_coherent([report]):
+    if is_sound([report]):
         yield f"{mount_point_of(report)}: coherent, {report['names']} names looked at"
 
 

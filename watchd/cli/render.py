@@ -69,8 +69,16 @@ def _echo_rich_table(title: str, header: Sequence[str], cells: Sequence[Sequence
 
 
 def is_coherent(mounts: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether no mount of a `mounts` list has anything stale."""
-    return not any(mount["stale"] or mount["state"] in INCOHERENT_STATES for mount in mounts)
+    """Whether no mount of a `mounts` list has anything stale. Damage is not: a freshly made mount would show it too."""
+    return not any(
+        mount["state"] in INCOHERENT_STATES or any(entry["kind"] != "damage" for entry in mount["stale"])
+        for mount in mounts
+    )
+
+
+def is_sound(mounts: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether no mount of a `mounts` list has anything stale or damaged."""
+    return not any(mount["state"] in INCOHERENT_STATES or mount["stale"] for mount in mounts)
 
 
 def stale_lines(mounts: Iterable[Mapping[str, Any]]) -> Iterator[str]:

@@ -13,12 +13,12 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from watchd.coherence.actions import Tools
-from watchd.coherence.round import Round, Task, work
+from watchd.coherence.round import Outcome, Round, Task, work
 from watchd.coherence.target import Outer, Target
 from watchd.coherence.view import STRUCTURE, Stale
 from watchd.errors import WatchdError
@@ -34,6 +34,9 @@ LISTINGS_MAX = 10_000
 LISTINGS_AFTER_NS = 20_000_000
 """A pinned listing harms less than a wrong name and takes longer to see: it is looked at this long after names came or
 went, and no more often than the mount's budget allows."""
+
+WRITABLE = frozenset({"missing", "ghost", "replaced"})
+"""Kinds of stale names through which somebody may do damage."""
 
 RECHECK_FIRST_NS = 10_000_000
 RECHECK_LAST_NS = 60_000_000_000
@@ -68,6 +71,8 @@ class MountState:
     stale: tuple[Stale, ...]
     actions: Mapping[str, int]
     error: str = ""
+    damage: tuple[Stale, ...] = ()
+    """What was written through names that were stale. No harm of caches: a new mount would show it too."""
     waiting_since_ns: int | None = None
     """Since when a round takes longer than OVERDUE_NS; CLOCK_MONOTONIC."""
     displaced: bool = False
@@ -94,7 +99,9 @@ class _Mount:
     recheck_ns: int = RECHECK_FIRST_NS
     recheck_at_ns: int = _NEVER
     recheck_due: bool = False
-    untidy: bool = False
+    untidy: Collection[bytes] = ()
+    wrong_since_ns: dict[bytes, int] = field(default_factory=dict)
+    damage: tuple[Stale, ...] = ()
     stale_since_ns: int = 0
     stale: tuple[Stale, ...] = ()
     error: str = ""
@@ -207,9 +214,9 @@ class Engine:
             waiting = []
             for device in devices:
                 if mount := self._mounts.get(device):
-                    mount.recheck_due |= bool(mount.stale) or mount.untidy
+                    mount.recheck_due |= bool(mount.stale or mount.untidy)
                     mount.listings_at_ns = 0
-                    if mount.stale or mount.error or mount.listings or mount.untidy:
+                    if mount.stale or mount.error or mount.listings or mount.untidy or mount.damage:
                         self._ask(mount)
                     waiting.append((mount, mount.rounds_asked))
             while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
@@ -229,9 +236,8 @@ class Engine:
                 layer = Stale(b"", "layer", reason=mount.displaced)
                 others = tuple(entry for entry in mount.stale if entry.kind != "layer")
                 told = [entry for entry in mount.stale if entry.kind == "layer"]
-                return MountState(
-                    "stale", (*others, *(told or [layer])), dict(mount.actions), mount.displaced, displaced=True
-                )
+                stale = (*others, *(told or [layer]))
+                return MountState("stale", stale, dict(mount.actions), mount.displaced, mount.damage, displaced=True)
             state = "failed" if mount.error else "coherent"
             if mount.stale and not mount.error:
                 state = "pinned" if all(entry.pinned_by for entry in mount.stale) else "stale"
@@ -239,7 +245,8 @@ class Engine:
                 state = "observed"
             overdue = mount.busy and self._clock() - mount.begun_ns > OVERDUE_NS
             since_ns = mount.begun_ns if overdue else None
-            return MountState(state, mount.stale, dict(mount.actions), mount.error, waiting_since_ns=since_ns)
+            actions = dict(mount.actions)
+            return MountState(state, mount.stale, actions, mount.error, mount.damage, waiting_since_ns=since_ns)
 
     def at_rest(self, device: str) -> bool:
         """Whether nothing remains to be done about a mount, or it is not kept."""
@@ -307,10 +314,10 @@ class Engine:
             self._observer.round(self._round(mount, task, thorough=True))
 
     def _round(self, mount: _Mount, task: Task, *, thorough: bool) -> Round:
-        round, stale = self._work(mount, task, thorough=thorough)
+        outcome = self._work(mount, task, thorough=thorough)
         with self._condition:
-            self._finish(mount, task, round, stale)
-        return round
+            self._finish(mount, task, outcome)
+        return outcome.round
 
     def _is_quick(self, mount: _Mount) -> bool:
         """Whether a round is short and waits for nobody."""
@@ -376,7 +383,9 @@ class Engine:
             displaced=mount.displaced,
             stale_for_ns=now - mount.stale_since_ns if mount.stale else 0,
             recheck=thorough and mount.recheck_due,
-            untidy=thorough and mount.recheck_due and mount.untidy,
+            untidy=mount.untidy,
+            wrong_since_ns=mount.wrong_since_ns,
+            damage=mount.damage,
         )
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy, mount.begun_ns = False, True, now
@@ -384,7 +393,8 @@ class Engine:
         self._delayed.pop(mount, None)
         return task
 
-    def _finish(self, mount: _Mount, task: Task, round: Round, stale: tuple[Stale, ...]) -> None:
+    def _finish(self, mount: _Mount, task: Task, outcome: Outcome) -> None:
+        round, stale = outcome.round, outcome.stale
         mount.busy = False
         self._working.discard(mount)
         if round.result != "failed" and not task.displaced:
@@ -393,8 +403,11 @@ class Engine:
             self._put_back(mount, task)
         mount.rounds_done = task.asked
         mount.stale_since_ns = mount.stale_since_ns if mount.stale else self._clock()
-        mount.stale, mount.error = stale, round.error
-        mount.untidy = round.untidy or (mount.untidy and not task.untidy)
+        mount.stale, mount.damage, mount.error, mount.untidy = stale, outcome.damage, round.error, round.untidy
+        if round.result != "failed":
+            since = mount.wrong_since_ns
+            began_ns = time.time_ns() - (self._clock() - mount.begun_ns)
+            mount.wrong_since_ns = {e.path: since.get(e.path, began_ns) for e in stale if e.kind in WRITABLE}
         self._charge(mount, task, round)
         if round.replaced_by is not None:
             self._succeed(mount, round.replaced_by)
@@ -476,7 +489,7 @@ class Engine:
                         pending.append(outer.device)
         return tuple(reversed(found.values()))
 
-    def _work(self, mount: _Mount, task: Task, *, thorough: bool) -> tuple[Round, tuple[Stale, ...]]:
+    def _work(self, mount: _Mount, task: Task, *, thorough: bool) -> Outcome:
         target = mount.target
         try:
             around = self._around(target.device)
@@ -486,4 +499,5 @@ class Engine:
                 log.exception("a round on %s failed", target.device)
             known = mount.stale
             message = str(error) or repr(error)
-            return Round(target, (), "failed", len(known), len(known), task.upto, None, message), known
+            failed = Round(target, (), "failed", len(known), len(known), task.upto, None, message, untidy=mount.untidy)
+            return Outcome(failed, known, mount.damage)

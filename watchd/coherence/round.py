@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from watchd.coherence.actions import Tools, actions_on
+from watchd.coherence.damage import Window, find_damage, remaining
 from watchd.coherence.evict import tidy
 from watchd.coherence.ladder import Climb, Ladder, Step
 from watchd.coherence.replace import clear_up, replace
@@ -48,8 +50,12 @@ class Task:
     stale_for_ns: int = 0
     recheck: bool = False
     """It is time to see whether what was left stale can be healed by now."""
-    untidy: bool = False
-    """Something that evicting needed is still in the upper."""
+    untidy: Collection[bytes] = ()
+    """Where something that evicting needed is still in the upper."""
+    wrong_since_ns: Mapping[bytes, int] = field(default_factory=dict)
+    """When what could be written through was verified stale, CLOCK_REALTIME."""
+    damage: tuple[Stale, ...] = ()
+    """What is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,9 @@ class Round:
     replaced_by: Target | None = None
     listing_cost_ns: int = 0
     """CPU time of comparing listings."""
-    untidy: bool = False
-    """Something that evicting needed has to stay in the upper for now."""
+    untidy: Collection[bytes] = ()
+    """Where something that evicting needed has to stay in the upper for now."""
+    new_damage: tuple[Stale, ...] = ()
 
     @property
     def cost_ns(self) -> int:
@@ -94,11 +101,16 @@ class Finding:
     listing_cost_ns: int = 0
 
 
-Outcome = tuple[Round, tuple[Stale, ...]]
+class Outcome(NamedTuple):
+    """All that a round leaves."""
+
+    round: Round
+    stale: tuple[Stale, ...]
+    damage: tuple[Stale, ...] = ()
 
 
 def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] = (), thorough: bool = False) -> Outcome:
-    """One round: what it came to, and what is stale now.
+    """One round.
 
     `thorough`: it may take its time, so holders are named, listings compared and actions taken that are slower than an
     invalidation. `around`: overlays that hold references into this one, outermost first.
@@ -108,6 +120,7 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         return _replace_displaced(target, task, tools)
     with View(target, tools.handles) as view:
         found = _find(view, target, task, thorough=thorough)
+        damage = _damage(view, target, task, found, thorough=thorough)
         methods = worth_trying(target, task, found, thorough=thorough)
         climb = Climb((), found.stale)
         if methods:
@@ -117,14 +130,28 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
                 lambda new: _verify(view, about, task) if new is None else _verify_new(new, tools, about, task),
             )
             climb = ladder.climb(methods, found.stale, doubted=task.must_act)
-        stale, untidy = _remembering(climb.stale, task.stale), False
+        stale, untidy = _remembering(climb.stale, task.stale), task.untidy
         if thorough and climb.replaced_by is None:
             stale = view.pinned(stale) if stale else ()
             untidy = _tidy(view, target, task, climb)
     if climb.replaced_by is not None or (task.must_act and "replace" in target.actions):
         # The view is closed, so a mount that was replaced may be gone now.
         clear_up(climb.replaced_by or target, tools.courier)
-    return _outcome(target, task, found, climb, stale, untidy=untidy), stale
+    new = tuple(entry for entry in damage if entry not in task.damage)
+    return Outcome(_outcome(target, task, found, climb, stale, untidy=untidy, new_damage=new), stale, damage)
+
+
+def _damage(view: View, target: Target, task: Task, found: Finding, *, thorough: bool) -> tuple[Stale, ...]:
+    """What was written through stale names; looked for before anything is done to them."""
+    still = {entry.path for entry in found.stale}
+    windows = {path: Window(since) for path, since in task.wrong_since_ns.items() if path not in task.untidy}
+    is_due = thorough or target.copies_metadata or not windows.keys() <= still
+    if not (target.has_upper and is_due and (windows or task.damage or target.copies_metadata)):
+        return task.damage
+    damage = {entry.path: entry for entry in remaining(view, task.damage)}
+    suspects = task.suspects if target.copies_metadata else ()
+    new = find_damage(view, suspects, windows=windows)
+    return (*damage.values(), *(entry for entry in new if entry.path not in damage))
 
 
 def _find(view: View, target: Target, task: Task, *, thorough: bool) -> Finding:
@@ -198,15 +225,16 @@ def worth_trying(target: Target, task: Task, found: Finding, *, thorough: bool) 
     return tuple(method for method in target.actions if method not in left_out)
 
 
-def _tidy(view: View, target: Target, task: Task, climb: Climb) -> bool:
-    """Take away what evicting left in the upper, also in an earlier life; returns whether some of it has to stay."""
+def _tidy(view: View, target: Target, task: Task, climb: Climb) -> Collection[bytes]:
+    """Take away what evicting left in the upper, also in an earlier life; returns where some of it has to stay."""
     evicted = any(step.method == "evict" for step in climb.steps)
-    if target.observe or "evict" not in target.actions or not (evicted or task.untidy or task.must_act):
-        return False
+    is_due = evicted or task.must_act or (task.untidy and task.recheck)
+    if target.observe or "evict" not in target.actions or not is_due:
+        return task.untidy
     try:
-        return bool(tidy(view))
+        return tuple(tidy(view))
     except RefusedError:  # another watchd is at it
-        return True
+        return task.untidy or (b"",)
 
 
 def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
@@ -222,11 +250,19 @@ def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
         else:
             duration_ns, cost_ns = time.monotonic_ns() - started_ns, time.thread_time_ns() - started_cpu_ns
             climb = Climb((Step("replace", "coherent", 1, 0, duration_ns, cost_ns),), (), new)
-    return _outcome(target, task, Finding((Stale(b"", "layer"),)), climb, climb.stale), climb.stale
+    found = Finding((Stale(b"", "layer"),))
+    return Outcome(_outcome(target, task, found, climb, climb.stale, untidy=task.untidy), climb.stale, task.damage)
 
 
 def _outcome(
-    target: Target, task: Task, found: Finding, climb: Climb, stale: Sequence[Stale], *, untidy: bool = False
+    target: Target,
+    task: Task,
+    found: Finding,
+    climb: Climb,
+    stale: Sequence[Stale],
+    *,
+    untidy: Collection[bytes] = (),
+    new_damage: tuple[Stale, ...] = (),
 ) -> Round:
     still = {entry.path for entry in stale}
     was = dict.fromkeys(entry.path for entry in (*found.stale, *task.stale))
@@ -245,4 +281,5 @@ def _outcome(
         replaced_by=climb.replaced_by,
         listing_cost_ns=found.listing_cost_ns,
         untidy=untidy,
+        new_damage=new_damage,
     )

@@ -64,6 +64,8 @@ class Target:
     """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
     on_server: bool = False
     """Its mount point lies on a filesystem that somebody serves, so getting there may let one wait."""
+    copies_metadata: bool = False
+    """metacopy is on, so an upper file may have its content from a lower."""
     observe: bool = False
     """Verify and report, but do nothing."""
     actions: tuple[str, ...] = ("invalidate",)

@@ -72,8 +72,8 @@ def build_target(
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
         # Shown as on wherever there is no upper, where nothing can be renamed.
-        renames_directories=overlay.upperdir is not None
-        and overlay.options.get("redirect_dir", default_option("redirect_dir")) in ("on", "Y"),
+        renames_directories=overlay.upperdir is not None and _is_on("redirect_dir", overlay),
+        copies_metadata=overlay.upperdir is not None and _is_on("metacopy", overlay),
         on_server=on_server,
         observe=observe,
         actions=actions,
@@ -83,6 +83,10 @@ def build_target(
         open_upper=None if stack.upper is None else functools.partial(open_upper, overlay, stack, courier),
         budget=budget,
     )
+
+
+def _is_on(option: str, overlay: Overlay) -> bool:
+    return overlay.options.get(option, default_option(option)) in ("on", "Y")
 
 
 def default_option(option: str) -> str:

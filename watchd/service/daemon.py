@@ -25,14 +25,16 @@ from watchd.coherence.engine import Engine
 from watchd.coherence.handles import Handles
 from watchd.coherence.ladder import Step
 from watchd.coherence.round import Round
+from watchd.coherence.view import Stale
 from watchd.config import Loaded, load
 from watchd.config.schema import Journal as JournalDefaults
+from watchd.config.tree import shown
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
 from watchd.journal.writer import Journal, JournalSettings
 from watchd.kernel.libc import use_one_malloc_arena
 from watchd.kernel.namespaces import Courier
 from watchd.metrics import Metrics
-from watchd.records import Action, Start, Stop
+from watchd.records import Action, Damage, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.control import ControlServer
 from watchd.service.hooks import HookBook, tell_missing_programs
@@ -246,8 +248,9 @@ class Daemon:
         device = (round.replaced_by or round.target).device
         for step in round.steps:
             self._metrics.action(device, step.method, step.result, step.duration_ns / 1e9)
-        if round.steps:
-            self._journal.append([self._action(round, step) for step in round.steps])
+        damage = [self._damage(round, entry) for entry in round.new_damage]
+        if round.steps or damage:
+            self._journal.append([*damage, *(self._action(round, step) for step in round.steps)])
 
     def _action(self, round: Round, step: Step) -> Action:
         return Action(
@@ -261,6 +264,10 @@ class Daemon:
             step.duration_ns,
             self._layers.sequence_of(round.upto),
         )
+
+    def _damage(self, round: Round, entry: Stale) -> Damage:
+        log.warning("%s: %s is damaged: %s", round.target.device, shown(os.fsdecode(entry.path)), entry.reason)
+        return Damage(time.time_ns(), round.target.device, round.target.mount_point, entry.path, entry.reason)
 
     def _committed(self, records: int, append_s: float, sync_s: float) -> None:
         self._metrics.append_duration.observe(append_s)
@@ -388,9 +395,6 @@ class Daemon:
     def _tell_unused(self) -> None:
         """Say which configured features this version does not have, instead of silently leaving them."""
         config = self._config
-        actions = {*config.coherence.actions} | {a for rule in config.mounts if rule.actions for a in rule.actions}
-        for action in sorted(actions - {"invalidate"}):
-            log.warning("coherence: the action %s is not part of this version and is left out", action)
         if any(
             getattr(config.journal, key) != getattr(JournalDefaults(), key) for key in ("retain_size", "retain_age")
         ):

@@ -102,7 +102,9 @@ def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...],
 
 def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
     state, reason, stale, actions = state_of(mount, engine)
-    return mount_report(mount.overlay, state=state, reason=reason, stale=stale, actions=actions)
+    known = engine.state(mount.overlay.device)
+    damage = known.damage if known else ()
+    return mount_report(mount.overlay, state=state, reason=reason, stale=(*stale, *damage), actions=actions)
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
