@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from watchd.cli.options import config_option, json_option, mount_patterns
-from watchd.cli.render import echo_json, printable
+from watchd.cli.render import echo_json, printable, stale_line
 from watchd.config.schema import LADDER
 
 
@@ -33,6 +33,8 @@ def invalidate(mounts: tuple[str, ...], method: str, as_json: bool, config_file:
     else:
         for outcome in outcomes:
             click.echo(_line(outcome))
+            for entry in outcome.get("stale", ()):
+                click.echo(f"  {stale_line('', entry)}")
     return 0 if all(outcome["result"] == "coherent" for outcome in outcomes) else 1
 
 
@@ -41,4 +43,5 @@ def _line(outcome: Mapping[str, Any]) -> str:
     return (
         f"{printable(outcome['mount_point'])} ({outcome['device']}): {outcome['method']}: {outcome['result']}"
         f" ({outcome['stale_before']} stale before, {outcome['stale_after']} after, {milliseconds:.2f} ms)"
+        f"{': ' + printable(outcome['error']) if outcome.get('error') else ''}"
     )

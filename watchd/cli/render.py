@@ -86,10 +86,16 @@ def stale_lines(mounts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for mount in mounts:
         point = mount_point_of(mount)
         for entry in mount["stale"]:
-            yield f"{point.rstrip('/')}/{path_of(entry).lstrip('/')}: {entry['kind']}{_held_by(entry)}{_why(entry)}"
+            yield stale_line(f"{point.rstrip('/')}/", entry)
         if not mount["stale"] and mount["state"] in INCOHERENT_STATES:
             reason = f": {printable(mount['reason'])}" if mount.get("reason") else ""
             yield f"{point}: {mount['state']}{reason}"
+
+
+def stale_line(prefix: str, entry: Mapping[str, Any]) -> str:
+    """One entry of a `stale` list: its path below the prefix, what is wrong, who holds it and why it stays."""
+    path = f"{prefix}{path_of(entry).lstrip('/')}".rstrip("/") or "/"
+    return f"{path}: {entry['kind']}{_held_by(entry)}{_why(entry)}"
 
 
 def mount_point_of(mount: Mapping[str, Any]) -> str:

@@ -49,6 +49,11 @@ class Outcome:
     """Why it is not complete."""
 
     @property
+    def curable(self) -> tuple[Stale, ...]:
+        """Without damage, which no action takes away."""
+        return tuple(entry for entry in self.stale if entry.kind != "damage")
+
+    @property
     def state(self) -> str:
         """The contract's word."""
         if self.error:
@@ -71,7 +76,9 @@ def audit(target: Target, handles: Handles, *, progress: Progress = lambda _: No
             finally:
                 outcome.names = auditor.names
             outcome.error = auditor.trouble
-    except (MountError, LayerError, OSError) as error:
+    except LayerError as error:  # the overlay goes on with what nobody can get at any more
+        outcome.stale, outcome.total = (Stale(b"", "layer", reason=str(error)),), 1
+    except (MountError, OSError) as error:
         outcome.error = str(error)
     return outcome
 

@@ -49,6 +49,8 @@ class Climb:
     """The mount that stands there now; the old one is nobody's business any more."""
     error: str = ""
     """Why nothing could be done at all."""
+    refusals: tuple[str, ...] = ()
+    """Of actions that did nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +100,21 @@ class Ladder:
             try:
                 done = self.actions[method](left)
             except RefusedError as refusal:
-                return Climb(climb.steps, _refused(method, left, dict.fromkeys(_paths(left), str(refusal))))
+                stale = _refused(method, left, dict.fromkeys(_paths(left), str(refusal)))
+                return Climb(climb.steps, stale, refusals=(*climb.refusals, f"{method}: {refusal}"))
             except (MountError, LayerError, OSError) as error:
                 duration_ns += time.monotonic_ns() - started_ns
                 failed = Step(method, "failed", before, len(left), duration_ns, cost_ns, str(error) or repr(error))
-                return Climb((*climb.steps, failed), left)
+                return Climb((*climb.steps, failed), left, refusals=climb.refusals)
             duration_ns += time.monotonic_ns() - started_ns
             cost_ns += time.thread_time_ns() - started_cpu_ns
             left = _refused(method, self.verify(done.replaced_by), done.refused)
             if not left:
                 break
         if before and set(done.refused) >= set(_paths(climb.stale)):
-            return Climb(climb.steps, left)  # it did nothing about any of them
+            return Climb(climb.steps, left, refusals=climb.refusals)  # it did nothing about any of them
         step = Step(method, "stale" if left else "coherent", before, len(left), duration_ns, cost_ns)
-        return Climb((*climb.steps, step), left, done.replaced_by)
+        return Climb((*climb.steps, step), left, done.replaced_by, refusals=climb.refusals)
 
 
 def _paths(stale: Sequence[Stale]) -> list[bytes]:

@@ -1,8 +1,4 @@
-"""Act on mounts now, without a daemon.
-
-What is stale is found among the names that the layers have and the mount has cached (`View.cached_names`); so a name that went
-from the layers and is still held by somebody is not seen here, but by the daemon, which saw it go.
-"""
+"""Act on mounts now, without a daemon: look at all of the mount, act, look again."""
 
 from __future__ import annotations
 
@@ -10,51 +6,81 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from watchd.coherence.actions import Tools, actions_on
+from watchd.coherence.audit import audit
+from watchd.coherence.drop_caches import DropCaches
+from watchd.coherence.evict import tidy
 from watchd.coherence.handles import Handles
-from watchd.coherence.invalidate import invalidate as invalidate_superblock
+from watchd.coherence.ladder import Climb, Ladder
+from watchd.coherence.replace import clear_up
+from watchd.coherence.report import stale_report
 from watchd.coherence.selection import targets
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale, View
-from watchd.errors import LayerError, MountError, NotPermittedError, UnsupportedError
+from watchd.errors import LayerError, MountError, NotPermittedError, RefusedError
 from watchd.kernel.namespaces import Courier
 
 
 def invalidate(patterns: Sequence[str], method: str) -> list[dict[str, Any]]:
-    """Act on every overlay that a pattern matches. Raises UsageError if one matches nothing, UnsupportedError for a method
-    that this version does not have."""
-    if method != "invalidate":
-        raise UnsupportedError(f"the method {method} is not part of this version", remedy="use --method invalidate")
-    courier, handles = Courier(), Handles()
+    """Act on every overlay that a pattern matches, whether or not anything in it is stale.
+
+    Raises UsageError if one matches nothing, NotPermittedError.
+    """
+    tools = Tools(Handles(), Courier(), DropCaches(0))
     try:
-        return [_act(target, handles) for target in targets(patterns, courier)]
+        return [_act(target, method, tools) for target in targets(patterns, tools.courier)]
     finally:
-        handles.expire()
-        courier.close()
+        tools.handles.expire()
+        tools.courier.close()
 
 
-def _act(target: Target, handles: Handles) -> dict[str, Any]:
+def _act(target: Target, method: str, tools: Tools) -> dict[str, Any]:
     outcome: dict[str, Any] = {
         "device": target.device,
         "mount_point": os.fsdecode(target.mount_point),
-        "method": "invalidate",
+        "method": method,
         "result": "failed",
         "stale_before": 0,
         "stale_after": 0,
         "duration_ns": 0,
     }
+    before = audit(target, tools.handles).curable
+    outcome["stale_before"] = outcome["stale_after"] = len(before)
     try:
-        with View(target, handles) as view:
-            outcome["stale_before"] = len(_stale(view))
-            outcome["duration_ns"] = invalidate_superblock(view.merged, read_only=target.read_only)
-            after = outcome["stale_after"] = len(_stale(view))
-            outcome["result"] = "stale" if after else "coherent"
+        climb = _climb(target, method, tools, before)
     except NotPermittedError:
         raise
     except (MountError, LayerError, OSError) as error:
-        outcome["error"] = str(error)
-    return outcome
+        return outcome | {"error": str(error)}
+    outcome["stale_after"] = len(climb.stale)
+    outcome["stale"] = [stale_report(entry) for entry in climb.stale]
+    for step in climb.steps:
+        outcome |= {"result": step.result, "duration_ns": step.duration_ns}
+    if not climb.steps:  # it refused
+        outcome |= {"result": "stale" if climb.stale else "failed"}
+    why = climb.error or "; ".join(climb.refusals)
+    return outcome | ({"error": why} if why else {})
 
 
-def _stale(view: View) -> list[Stale]:
-    """What can be seen to be stale among the cached names."""
-    return [stale for path, suspect in view.cached_names() for stale in view.stale({path: suspect}, acted=True)]
+def _climb(target: Target, method: str, tools: Tools, before: Sequence[Stale]) -> Climb:
+    def verify(new: Target | None) -> tuple[Stale, ...]:
+        after = audit(new or target, tools.handles)
+        if after.error:
+            raise MountError(after.error)
+        return after.curable
+
+    with View(target, tools.handles) as view:
+        climb = Ladder(actions_on(view, target, tools), verify).climb((method,), before, doubted=True)
+        if method == "evict":
+            _tidy(view)
+    if climb.replaced_by is not None:
+        clear_up(climb.replaced_by, tools.courier)
+    return climb
+
+
+def _tidy(view: View) -> None:
+    """What has to stay is the next one's to take away."""
+    try:
+        tidy(view)
+    except RefusedError:
+        return

@@ -40,12 +40,13 @@ def mount_report(
         "read_only": overlay.read_only,
         "state": state,
         "reason": reason,
-        "stale": [_stale(entry) for entry in stale],
+        "stale": [stale_report(entry) for entry in stale],
         "actions": dict(actions or {}),
     }
 
 
-def _stale(entry: Stale) -> dict[str, Any]:
+def stale_report(entry: Stale) -> dict[str, Any]:
+    """One element of `stale`."""
     return {
         **name(entry.path),
         "kind": entry.kind,

@@ -38,7 +38,7 @@ from watchd.records import Action, Damage, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.control import ControlServer
 from watchd.service.hooks import HookBook, tell_missing_programs
-from watchd.service.layers import LayerBook
+from watchd.service.layers import RETRY_S, LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
@@ -315,7 +315,7 @@ class Daemon:
         """See `MountBook.select`; what is asked for is looked up anew, and waited for until it is known what it is."""
         while True:
             answer = self._mounts.next_answer
-            await self._mounts.refresh()
+            await self._mounts.refresh(retry_after_s=RETRY_S)
             mounts, unmatched = self._mounts.select(patterns)
             if not any(mount.unseen for mount in mounts):
                 return mounts, unmatched

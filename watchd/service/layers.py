@@ -171,9 +171,9 @@ class LayerBook:
         if attempt.done() and not attempt.cancelled():
             attempt.result()
 
-    async def retry(self) -> None:
-        """Try again to watch what could not be watched."""
-        now = time.monotonic()
+    async def retry(self, *, after_s: float = 0.0) -> None:
+        """Try again to watch what could not be watched; those whose time comes within `after_s` too."""
+        now = time.monotonic() + after_s
         # Not every layer without a worker failed: one inside another overlay is live through the layers of that.
         failed = [layer for layer in self.layers.values() if layer.state == "failed" and layer.worker is None]
         due = [layer for layer in failed if layer.retry_at <= now and layer.watching is None]

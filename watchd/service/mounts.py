@@ -130,15 +130,16 @@ class MountBook:
         """Take off what made `fileno` readable."""
         self._watch.drain()
 
-    async def refresh(self) -> None:
-        """Look at the host and bring the books in line with it."""
+    async def refresh(self, *, retry_after_s: float = 0.0) -> None:
+        """Look at the host and bring the books in line with it; what could not be watched is tried again if its time comes
+        within `retry_after_s`."""
         async with self._lock:
             problems = await self._watch_configured()
             overlays = await in_thread(self._read_overlays, name="survey")
             found = await survey(overlays, self.config.discovery, self._known(), self.courier, self._looking)
             self._tell_problems((*problems, *found.problems))
             await self._apply(found)
-            await self._layers.retry()
+            await self._layers.retry(after_s=retry_after_s)
 
     async def namespaces_changed(self) -> bool:
         """Whether there are other mount namespaces than at the last refresh; cheap."""
