@@ -15,6 +15,7 @@ file takes microseconds, but a program that runs holds its own file, so it is lo
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -75,13 +76,22 @@ def kind(path: Path) -> str:
 
 def as_nobody(look: Callable[[], str]) -> str:
     """What somebody without any privilege sees, asked in a child process."""
+
+    def look_unprivileged() -> str:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        return look()
+
+    return as_next_process(look_unprivileged)
+
+
+def as_next_process(look: Callable[[], str]) -> str:
+    """What a process sees that begins now."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
             os.write(writing, look().encode())
         finally:
             os._exit(0)
@@ -167,6 +177,25 @@ def put_in_second(stage: Stage) -> None:
 
 
 # ---- holding on -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listed(directory: Path) -> Iterator[None]:
+    """The directory open, and read: what it listed then it goes on to list, for everybody."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.listdir(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def mapped(library: Path) -> Iterator[None]:
+    """The file mapped to be executed, as every process that uses a shared library has it."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC):
+        file.close()
+        yield
 
 
 @contextlib.contextmanager
@@ -306,5 +335,24 @@ CASES = (
         change=lambda stage: recreate(stage.lower / "d"),
         after="b",
         pin=lambda stage: working_in(stage.merged / "d"),
+    ),
+    Case(
+        "a library is replaced while it is mapped",
+        arrange=lambda stage: write(stage.lower / "lib.so"),
+        look=lambda stage: as_next_process(lambda: content(stage.merged / "lib.so")),
+        before="old",
+        change=lambda stage: replace(stage.lower / "lib.so"),
+        after="new",
+        look_every_s=0.01,
+        pin=lambda stage: mapped(stage.merged / "lib.so"),
+    ),
+    Case(
+        "a file appears in a listing held open",
+        arrange=put_upper_beside_lower,
+        look=lambda stage: names(stage.merged / "d"),
+        before="mine theirs",
+        change=lambda stage: (stage.lower / "d" / "new").touch(),
+        after="mine new theirs",
+        pin=lambda stage: listed(stage.merged / "d"),
     ),
 )

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from watchd.errors import WatchdError
 
+LADDER = ("invalidate", "evict", "replace")
+"""What it may do about a mount below `ladders`, in this order."""
+
 START_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 5.0
 
@@ -20,15 +23,17 @@ END_TIMEOUT_S = 5.0
 class Daemon:
     """`watchd run`, from `with` to its end."""
 
-    def __init__(self, directory: Path, *, mounts: Path) -> None:
-        """What it keeps goes into `directory`; the overlays below `mounts` are its own."""
+    def __init__(self, directory: Path, *, mounts: Path, ladders: Path) -> None:
+        """What it keeps goes into `directory`; the overlays below `mounts` are its own, and those below `ladders`, on which
+        it may do more than to invalidate."""
         directory.mkdir()
         self._directory = directory
         self._config = directory / "watchd.yaml"
         settings = {
             "state_directory": str(directory / "state"),
             "runtime_directory": str(directory / "run"),
-            "discovery": {"namespaces": "host", "include": [f"{mounts}/*"]},
+            "discovery": {"namespaces": "host", "include": [f"{mounts}/*", f"{ladders}/*"]},
+            "mounts": [{"match": f"{ladders}/*", "actions": list(LADDER)}],
             "metrics": {"listen": "off"},
         }
         self._config.write_text(json.dumps(settings, indent=2))  # JSON is YAML
@@ -78,6 +83,17 @@ class Daemon:
             capture_output=True, text=True, errors="surrogateescape", check=False,
         )  # fmt: skip
         return done.returncode, (done.stdout + done.stderr).strip()
+
+    def healings(self, mount: Path) -> list[str]:
+        """The actions after which a mount was coherent, in order, as `watchd log` tells. Raises WatchdError."""
+        done = subprocess.run(
+            self._command("log", "--json"), capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+        if done.returncode:
+            raise WatchdError(f"watchd log: {done.stderr.strip()}")
+        records = map(json.loads, done.stdout.splitlines())
+        actions = (record for record in records if record["type"] == "action" and record["mount_point"] == str(mount))
+        return [record["method"] for record in actions if record["result"] == "coherent"]
 
     def _command(self, verb: str, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "watchd", verb, "--config", str(self._config), *arguments]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from demo.cases import Case
-from demo.daemon import Daemon
+from demo.daemon import LADDER, Daemon
 from demo.stage import Stage
 from watchd.errors import WatchdError
 
 PATIENCE_S = 4.0
 """A merged view that is not true by then never will be."""
+
+CLIMB_PATIENCE_S = 15.0
+"""What is held is tried again ever less often, and a new mount is the last that is tried."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Outcome:
     """From the end of the change to the first look that showed the truth, or to the end of all patience."""
     report: str = ""
     """What `watchd sync` says of a pinned name."""
+    climbed: str = ""
+    """What the merged view said of it in the end where watchd may do more than to invalidate."""
+    healed_by: str = ""
+    """The action that helped there; a mount that was put in the place of another is invalidated once besides."""
+    climb_report: str = ""
+    """What `watchd sync` says there, which is nothing if all went well."""
 
     @property
     def was_stale(self) -> bool:
@@ -42,8 +51,10 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        """As promised: true, or at least reported where something holds on to the old state."""
-        return self.is_true or bool(self.case.pin and self.report)
+        """As promised: true, or, where something holds on to the old state, reported, and true with the whole ladder."""
+        if self.case.pin is None:
+            return self.is_true
+        return bool(self.report) and self.climbed == self.case.after
 
 
 def play(case: Case, bare: Stage, kept: Stage, daemon: Daemon) -> Outcome:
@@ -58,6 +69,23 @@ def play(case: Case, bare: Stage, kept: Stage, daemon: Daemon) -> Outcome:
         return Outcome(case, without, case.says(kept), 0.0, words if status == 1 else "")
 
 
+def climb(outcome: Outcome, ladder: Stage, daemon: Daemon) -> Outcome:
+    """What came of a pinned case, played once more where all actions are allowed. Raises WatchdError."""
+    case = outcome.case
+    before = len(daemon.healings(ladder.merged))
+    with _changed(case, ladder):
+        said, took_ms = _look_until_true(case, ladder, patience_s=CLIMB_PATIENCE_S)
+        status, words = daemon.sync(ladder.merged)  # a mount that was put in the place of another is known by then
+        taken = daemon.healings(ladder.merged)[before:]
+    return replace(
+        outcome,
+        climbed=said,
+        took_ms=took_ms,
+        healed_by=max(taken, key=LADDER.index, default=""),
+        climb_report=words if status else "",
+    )
+
+
 @contextlib.contextmanager
 def _changed(case: Case, stage: Stage) -> Iterator[None]:
     """The stage after the change, the old state being cached, and held if the case is about that."""
@@ -69,12 +97,12 @@ def _changed(case: Case, stage: Stage) -> Iterator[None]:
         yield
 
 
-def _look_until_true(case: Case, stage: Stage) -> tuple[str, float]:
+def _look_until_true(case: Case, stage: Stage, *, patience_s: float = PATIENCE_S) -> tuple[str, float]:
     """What the merged view says in the end, and after how many milliseconds."""
     changed = time.monotonic()
     while True:
         time.sleep(case.look_every_s)
         said = case.says(stage)
         elapsed = time.monotonic() - changed
-        if said == case.after or elapsed > PATIENCE_S:
+        if said == case.after or elapsed > patience_s:
             return said, elapsed * 1000

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
 from demo.cases import CASES
-from demo.daemon import Daemon
-from demo.play import Outcome, play
+from demo.daemon import LADDER, Daemon
+from demo.play import Outcome, climb, play
 from demo.stage import Stage, theatre
 from watchd.cli.render import echo_table, printable
 from watchd.errors import WatchdError
@@ -21,6 +22,8 @@ MS: from the change to the first look that showed the truth; a look every 0.5 ms
 """
 PINNED = """
 Pinned: what a process holds on to cannot be dropped from the cache. `watchd sync` says so, with exit status 1:"""
+CLIMBED_TITLE = f"What somebody holds on to, with `actions: [{', '.join(LADDER)}]`"
+CLIMBED_HEADER = ("WHAT HAPPENS IN THE LOWER LAYER", "INVALIDATE ALONE", "ALL ACTIONS", "HEALED BY", "MS")
 NEXT = """
 Next: `make run` keeps the overlays of this host true, `.venv/bin/watchd status` in another terminal shows them;
       `make install` makes watchd a service, `make test` runs the tests.
@@ -40,15 +43,22 @@ def main() -> int:
 
 def _play_all() -> Iterator[Outcome]:
     with theatre() as directory:
-        bare = [Stage(directory / "without" / str(number)) for number, _ in enumerate(CASES, 1)]
-        kept = [Stage(directory / "with" / str(number)) for number, _ in enumerate(CASES, 1)]
-        for case, stage in zip(CASES * 2, bare + kept, strict=True):
-            stage.make_directories()
-            case.arrange(stage)
-            stage.mount()
-        with Daemon(directory / "watchd", mounts=directory / "with") as daemon:
-            for case, without, with_watchd in zip(CASES, bare, kept, strict=True):
-                yield play(case, without, with_watchd, daemon)
+        bare, kept, ladders = (_stages(directory / name) for name in ("without", "with", "ladder"))
+        with Daemon(directory / "watchd", mounts=directory / "with", ladders=directory / "ladder") as daemon:
+            for case, without, with_watchd, ladder in zip(CASES, bare, kept, ladders, strict=True):
+                outcome = play(case, without, with_watchd, daemon)
+                yield climb(outcome, ladder, daemon) if case.pin else outcome
+
+
+def _stages(directory: Path) -> list[Stage]:
+    stages = []
+    for number, case in enumerate(CASES, 1):
+        stage = Stage(directory / str(number))
+        stage.make_directories()
+        case.arrange(stage)
+        stage.mount()
+        stages.append(stage)
+    return stages
 
 
 def _tell(outcomes: list[Outcome]) -> int:
@@ -59,6 +69,13 @@ def _tell(outcomes: list[Outcome]) -> int:
         click.echo(PINNED)
     for report in reports:
         click.echo(f"  {printable(report)}")
+    climbed = [outcome for outcome in outcomes if outcome.climbed]
+    if climbed:
+        click.echo()
+        echo_table(CLIMBED_TITLE, CLIMBED_HEADER, map(_climbed_row, climbed))
+    for outcome in climbed:
+        if outcome.climb_report:
+            click.echo(f"  {printable(outcome.climb_report)}")
     broken = sum(not outcome.is_good for outcome in outcomes)
     if broken:
         click.echo(f"\n{broken} of {len(outcomes)} cases did not go as promised.")
@@ -72,9 +89,16 @@ def _row(outcome: Outcome) -> tuple[str, str, str, str]:
     return outcome.case.name, without, *_healing(outcome)
 
 
+def _climbed_row(outcome: Outcome) -> tuple[str, str, str, str, str]:
+    is_true = outcome.climbed == outcome.case.after
+    said = outcome.climbed if is_true else f"{outcome.climbed} (STILL STALE)"
+    took = f"{outcome.took_ms:.1f}" if is_true else "-"
+    return outcome.case.name, outcome.healed, said, outcome.healed_by or "nothing", took
+
+
 def _healing(outcome: Outcome) -> tuple[str, str]:
     """What watchd made of it, and after how many milliseconds."""
-    if outcome.is_true:
+    if outcome.is_true and not outcome.case.pin:
         return outcome.healed, f"{outcome.took_ms:.1f}" if outcome.was_stale else "-"
     if outcome.report:
         return "pinned: reported by `watchd sync`", "-"

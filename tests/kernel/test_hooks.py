@@ -169,6 +169,26 @@ def test_what_is_pinned_is_told_when_it_is_let_go(sandbox: Sandbox, daemon: Daem
     assert hook.told()[1] == ["file", "second"]
 
 
+@pytest.mark.parametrize("pinned", ["file", "directory"])
+def test_what_is_healed_though_it_is_held_is_told_like_anything_else(
+    sandbox: Sandbox, daemon: Daemon, hook: Hook, low: bytes, pinned: str
+) -> None:
+    os.makedirs(low + b"/directory")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.configure(mounts=[{**hook.rule(merged), "actions": ["invalidate", "evict", "replace"]}])
+    started(daemon)
+    path = merged + b"/" + os.fsencode(pinned)
+    with held(path):
+        if pinned == "file":  # what evict heals
+            replace(low + b"/file", b"new")
+        else:  # what replace heals
+            os.rmdir(low + b"/directory")
+        environment, paths = hook.told()
+        assert paths == [pinned]
+        assert environment["WATCHD_MOUNT"] == os.fsdecode(merged)
+        assert os.path.exists(path) == (pinned == "file")
+
+
 def test_a_changed_rule_holds_after_a_reload_and_a_missing_program_is_said(
     sandbox: Sandbox, daemon: Daemon, hook: Hook, low: bytes
 ) -> None:

@@ -23,8 +23,9 @@ def outcome(**extra: object) -> Outcome:
         (outcome(), 0, "Next:"),
         (outcome(healed=UNPINNED.before), 1, "STILL STALE"),
         (outcome(healed=UNPINNED.before, report="f: replaced"), 1, "did not go as promised"),
-        (outcome(case=PINNED, healed=PINNED.before, report="f: replaced"), 0, "  f: replaced"),
-        (outcome(case=PINNED, healed=PINNED.before), 1, "STILL STALE, not reported"),
+        (outcome(case=PINNED, healed=PINNED.before, report="f: replaced", climbed=PINNED.after), 0, "  f: replaced"),
+        (outcome(case=PINNED, healed=PINNED.before, report="f: replaced", climbed=PINNED.before), 1, "STILL STALE"),
+        (outcome(case=PINNED, healed=PINNED.before, climbed=PINNED.after), 1, "STILL STALE, not reported"),
     ],
 )
 def test_the_demo_succeeds_only_if_all_went_as_promised(
