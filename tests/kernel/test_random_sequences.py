@@ -37,7 +37,7 @@ from watchd.kernel.files import FileHandle
 from watchd.overlay.access import handle_of
 from watchd.wire.handles import OVL_FILEID_V1, parse_overlay_handle
 
-EXAMPLES = int(os.environ.get("WATCHD_RANDOM_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("WATCHD_RANDOM_EXAMPLES", "100"))
 SEED = int(os.environ.get("WATCHD_RANDOM_SEED", "1"))
 PHASES = (Phase.generate, *((Phase.shrink,) if os.environ.get("WATCHD_RANDOM_SHRINK") else ()))
 STEPS = 12
