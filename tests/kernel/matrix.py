@@ -24,6 +24,8 @@ from watchd.kernel.mounts import open_tree_clone
 OBSERVED = b"observed"
 """A mount point of this name is verified by the `running` daemon, and left as it is."""
 
+LASTING = frozenset({"damage", "shadowed"})
+
 NEEDS_PROGRAM = frozenset({"chmod u-s"})
 
 Wrong = dict[bytes, tuple[object, object]]
@@ -219,7 +221,8 @@ def play(scene: Scene, daemon: Daemon) -> None:
     told = daemon.ask("sync", mounts=[os.fsdecode(path) for path in merged])["mounts"]
     for overlay in scene.repaired:
         answer = told_of(told, overlay)
-        assert (answer["state"], answer["stale"]) == ("coherent", [])
+        assert not stale_of(answer)
+        assert answer["stale"] or answer["state"] == "coherent"
         wrong = untruths(overlay, names)
         assert not wrong, f"not healed: {wrong}"
     for overlay in scene.observed:
@@ -233,7 +236,7 @@ def is_told_to_be_healed(overlay: Overlay, daemon: Daemon) -> bool:
     for _ in range(10):
         heal(overlay)
         [told] = daemon.sync(overlay.merged)
-        if (told["state"], told["stale"]) == ("observed", []):
+        if not stale_of(told):
             return True
     return False
 
@@ -255,12 +258,17 @@ def told_of(mounts: Sequence[Json], overlay: Overlay) -> Json:
 
 def assert_reported(told: Json, wrong: Wrong) -> None:
     """What is wrong was reported, and what was reported is wrong."""
-    reported = {path_of(entry): entry["kind"] for entry in told["stale"]}
+    reported = {path_of(entry): entry["kind"] for entry in stale_of(told)}
     unreported = {path: what for path, what in wrong.items() if not any(above in reported for above in _up_from(path))}
     assert not unreported, f"wrong and not reported: {unreported}"
     needed = {above for path in wrong for above in _up_from(path)}
     alarms = {path: kind for path, kind in reported.items() if path not in needed}
     assert not alarms, f"reported and not wrong: {alarms}"
+
+
+def stale_of(told: Json) -> list[Json]:
+    """What is not as the layers have it now; damage is, and should not be."""
+    return [entry for entry in told["stale"] if entry["kind"] not in LASTING]
 
 
 def path_of(entry: Json) -> bytes:

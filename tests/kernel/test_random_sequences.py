@@ -30,6 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.kernel.churning import IN_A_LOWER, PATHS, THROUGH_A_MOUNT, Operation, operate, plant
 from tests.kernel.compare import Picture, look, names_below, open_root, open_twin
+from tests.kernel.matrix import stale_of
 from tests.kernel.running import Daemon, Json
 from tests.kernel.sandbox import Options, Sandbox
 from watchd.errors import WireError
@@ -158,7 +159,7 @@ class Sequences(RuleBasedStateMachine):
 
     def _compare(self, mounted: Mounted, told: Json) -> None:
         at = self.sandbox.directory(os.path.basename(mounted.path) + b".twin")
-        stale = {os.fsencode(entry["path"]): entry for entry in told["stale"] if entry["kind"] not in LASTING}
+        stale = {os.fsencode(entry["path"]): entry for entry in stale_of(told)}
         with open_root(mounted.path) as root, open_twin(at, mounted.layers, options=mounted.options) as twin:
             asked = [*PATHS, *sorted(names_below(twin) - set(PATHS))]
             shown, true = look(root, asked), look(twin, asked)
@@ -191,9 +192,6 @@ class Sequences(RuleBasedStateMachine):
 
 PADDING = bytes(3)
 """That a handle has and the xattr has not."""
-
-LASTING = ("damage", "shadowed")
-"""What is not stale but true, and should not be."""
 
 
 def _of(mounts: Sequence[Json], path: bytes) -> Json:

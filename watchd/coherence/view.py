@@ -146,6 +146,7 @@ class View:
         is_held = False
         for path in sorted(suspects):
             if ask_directories and not self._is_cached(path.rpartition(b"/")[0], cached):
+                unknown.append(path)
                 continue
             descriptor = self._cached(path)
             if descriptor == UNCACHED:
