@@ -1,6 +1,7 @@
 """What happens to a lower layer while it is mounted: a tree to happen to, and the accidents.
 
-All of it takes place in the directory `d` of a layer. `outside` is beside the layer, on the same filesystem.
+All of it takes place in one directory of a layer, `d`; others beside it do not get in each other's way. `outside` is beside
+the layer, on the same filesystem.
 """
 
 from __future__ import annotations
@@ -26,25 +27,27 @@ class Accident:
     """Whether a merged mount that has cached everything would be wrong from now on without watchd."""
 
 
-def populate(layer: bytes) -> None:
+def populate(layer: bytes, directory: bytes = b"d", *, with_program: bool = True) -> None:
     """The tree before the accident."""
-    for name, mode in ((b"", 0o755), (b"/d", 0o755), (b"/d/dir", 0o755), (b"/d/dir/sub", 0o755), (b"/d/empty", 0o755)):
-        os.makedirs(layer + name, exist_ok=True)
-        os.chmod(layer + name, mode)
+    d = layer + b"/" + directory
+    for path in (layer, d, d + b"/dir", d + b"/dir/sub", d + b"/empty"):
+        os.makedirs(path, exist_ok=True)
+        os.chmod(path, 0o755)
     for name in (b"file", b"second", b"dir/a", b"dir/b", b"dir/sub/leaf", NOT_UTF8):
-        write(layer + b"/d/" + name, b"old " + name)
-    write(layer + b"/d/secret", b"not yet for everybody", mode=0o600)
-    os.symlink(b"file", layer + b"/d/link")
-    program = layer + b"/d/" + STRANGERS_PROGRAM
-    shutil.copyfile(os.fsencode(shutil.which("id") or "/usr/bin/id"), program)
-    os.chmod(program, 0o4755)
-    os.makedirs(outside(layer + b"/d") + b"/tree/deep", exist_ok=True)
-    write(outside(layer + b"/d") + b"/tree/deep/leaf", b"from outside")
+        write(d + b"/" + name, b"old " + name)
+    write(d + b"/secret", b"not yet for everybody", mode=0o600)
+    os.symlink(b"file", d + b"/link")
+    if with_program:
+        program = d + b"/" + STRANGERS_PROGRAM
+        shutil.copyfile(os.fsencode(shutil.which("id") or "/usr/bin/id"), program)
+        os.chmod(program, 0o4755)
+    os.makedirs(outside(d) + b"/tree/deep", exist_ok=True)
+    write(outside(d) + b"/tree/deep/leaf", b"from outside")
 
 
 def outside(d: bytes) -> bytes:
     """Beside the layer."""
-    return os.path.dirname(d) + b".outside"
+    return os.path.dirname(d) + b".outside/" + os.path.basename(d)
 
 
 def write(path: bytes, content: bytes, *, mode: int = 0o644) -> None:

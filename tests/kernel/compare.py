@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tests.kernel.sandbox import move_mount, umount
+from tests.kernel.sandbox import Options, move_mount, umount
 from watchd.kernel.mounts import FSCONFIG_CMD_CREATE, FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, fsconfig, fsmount, fsopen
 
 STRANGER = 12345
@@ -75,12 +75,24 @@ def open_root(path: bytes) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def open_twin(at: bytes, layers: Sequence[bytes], *, userxattr: bool = False) -> Iterator[int]:
-    """The root of a fresh read-only overlay of these layers, upper first, mounted there for so long."""
+def open_twin(
+    at: bytes,
+    layers: Sequence[bytes],
+    *,
+    data_only: Sequence[bytes] = (),
+    options: Options = (),
+    userxattr: bool = False,
+) -> Iterator[int]:
+    """The root of a fresh read-only overlay of these layers, upper first, mounted there for so long. The options that make
+    a difference to what is shown have to be those of the mount that it is compared with."""
     context = fsopen(b"overlay")
     try:
         for layer in layers:
             fsconfig(context, FSCONFIG_SET_STRING, b"lowerdir+", layer)
+        for layer in data_only:
+            fsconfig(context, FSCONFIG_SET_STRING, b"datadir+", layer)
+        for key, value in options:
+            fsconfig(context, FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING, key, value)
         if userxattr:
             fsconfig(context, FSCONFIG_SET_FLAG, b"userxattr")
         fsconfig(context, FSCONFIG_SET_FLAG, b"ro")

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Require
 from tests.kernel.images import Images
+from tests.kernel.matrix import OBSERVED
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
 from tests.kernel.sandbox import umount as sandbox_umount
+from tests.kernel.stacks import Image, is_makeable
 from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
 
 
@@ -86,3 +89,38 @@ def daemon(sandbox: Sandbox) -> Iterator[Daemon]:
     daemon = Daemon(sandbox.directory(b"daemon"), scope=sandbox.root)
     yield daemon
     daemon.close()
+
+
+@pytest.fixture(scope="session")
+def filesystem(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes | None]:
+    """Where a filesystem of the wanted type is mounted; the sandbox itself is a tmpfs. None: there is no such filesystem."""
+    fstype = request.param
+    if fstype == "tmpfs" or not is_makeable(fstype):
+        yield b"" if fstype == "tmpfs" else None
+        return
+    image = Image(tmp_path_factory.mktemp(fstype), fstype)
+    yield image.path
+    image.close()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all of these tests: their mounts come and go under it."""
+    home = Sandbox(tmp_path_factory.mktemp("daemon"))
+    daemon = Daemon(
+        home.directory(b"home"),
+        scope=bytes(tmp_path_factory.getbasetemp()),
+        settings={"mounts": [{"match": f"*/{OBSERVED.decode()}", "mode": "observe"}]},
+    )
+    daemon.start()
+    yield daemon
+    daemon.close()
+    home.tidy_up()
+
+
+@pytest.fixture
+def place(sandbox: Sandbox, filesystem: bytes | None, require: Require) -> bytes:
+    """Where the layer that changes may be made, on the wanted filesystem."""
+    require(filesystem is not None, "a filesystem to mount")
+    assert filesystem is not None
+    return (filesystem or sandbox.root) + b"/" + sandbox.root.rpartition(b"/")[2]

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kernel.accidents import write
+from tests.kernel.matrix import Overlay
 from tests.kernel.sandbox import Sandbox, mount, umount
 
 _MKFS = {
@@ -61,15 +62,6 @@ def detach(device: str) -> None:
 
 def _run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.strip()
-
-
-@dataclass(frozen=True)
-class Overlay:
-    """A merged mount and its layers, upper first."""
-
-    merged: bytes
-    layers: Sequence[bytes]
-    userxattr: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

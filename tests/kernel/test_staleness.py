@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from tests.conftest import Require
 from tests.kernel.accidents import ACCIDENTS, Accident, populate
-from tests.kernel.compare import look, names_below, open_root, open_twin
+from tests.kernel.matrix import remember, untruths
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import Sandbox
-from tests.kernel.stacks import LAYOUTS, Image, Overlay, Stack, is_makeable, two_lowers
-
-
-@pytest.fixture(scope="session")
-def filesystem(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes | None]:
-    """Where a filesystem of the wanted type is mounted; the sandbox itself is a tmpfs. None: there is no such filesystem."""
-    fstype = request.param
-    if fstype == "tmpfs" or not is_makeable(fstype):
-        yield b"" if fstype == "tmpfs" else None
-        return
-    image = Image(tmp_path_factory.mktemp(fstype), fstype)
-    yield image.path
-    image.close()
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for all of these tests: their mounts come and go under it."""
-    home = Sandbox(tmp_path_factory.mktemp("daemon"))
-    daemon = Daemon(home.directory(b"home"), scope=bytes(tmp_path_factory.getbasetemp()))
-    daemon.start()
-    yield daemon
-    daemon.close()
-    home.tidy_up()
+from tests.kernel.stacks import LAYOUTS, Stack, two_lowers
 
 
 @pytest.fixture
@@ -48,30 +24,12 @@ def changing(sandbox: Sandbox, filesystem: bytes | None, require: Require) -> by
     return layer
 
 
-def remember(overlay: Overlay, accident: Accident) -> set[bytes]:
-    """Have the mount cache everything, and that the names to come are missing; returns all of these names."""
-    with open_root(overlay.merged) as root:
-        names = names_below(root) | {b"d/" + name for name in accident.missing}
-        look(root, names)
-    return names
-
-
-def untruths(overlay: Overlay, names: set[bytes]) -> dict[bytes, tuple[object, object]]:
-    """What the mount shows and should show instead, of these names and all that there are."""
-    at = overlay.merged + b".twin"
-    os.makedirs(at, exist_ok=True)
-    with open_root(overlay.merged) as root, open_twin(at, overlay.layers, userxattr=overlay.userxattr) as twin:
-        # Names from before come first: to look up a directory under its new name can heal the old one.
-        asked = [*sorted(names), *sorted(names_below(twin) - names)]
-        shown, true = look(root, asked), look(twin, asked)
-    return {path: (shown[path], true[path]) for path in shown if shown[path] != true[path]}
-
-
 def put_to(accident: Accident, stack: Stack, daemon: Daemon) -> None:
     """Cache, change, sync, compare."""
     outermost = stack.overlays[-1]
     daemon.sync(outermost.merged)
-    names = set().union(*(remember(overlay, accident) for overlay in stack.overlays))
+    missing = {b"d/" + name for name in accident.missing}
+    names = set().union(*(remember(overlay, missing) for overlay in stack.overlays))
     acted_before = daemon.actions(outermost.merged)
     accident.happen(stack.changing + b"/d")
     assert daemon.sync(*(overlay.merged for overlay in stack.overlays)) == []
@@ -87,7 +45,7 @@ def put_to(accident: Accident, stack: Stack, daemon: Daemon) -> None:
 def test_without_watchd_the_merged_mount_is_wrong(sandbox: Sandbox, changing: bytes, accident: Accident) -> None:
     stack = LAYOUTS["lower only"](sandbox, changing)
     [overlay] = stack.overlays
-    names = remember(overlay, accident)
+    names = remember(overlay, {b"d/" + name for name in accident.missing})
     accident.happen(changing + b"/d")
     assert bool(untruths(overlay, names)) == accident.makes_stale
 

@@ -71,6 +71,8 @@ class Wanted(msgspec.Struct, frozen=True):
     """All mounts that show something of it."""
     objects: Mapping[bytes, Object | None]
     """By path below the mount; None if it cannot be seen."""
+    around: Sequence[MountPoint] = ()
+    """Mounts of overlays around it, whose objects are others; `root` is the directory of this one that each shows."""
 
 
 def find_holders(wanted: Wanted) -> dict[bytes, tuple[Holder, ...]]:
@@ -104,7 +106,11 @@ class _Search:
 
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
-        self._places = {(point.namespace, point.path.rstrip(b"/"), point.root.strip(b"/")) for point in wanted.points}
+        self._places = {
+            (point.namespace, point.path.rstrip(b"/"), point.root.strip(b"/"), is_around)
+            for points, is_around in ((wanted.points, False), (wanted.around, True))
+            for point in points
+        }
         self._numbers = {known[1]: path for path, known in wanted.objects.items() if known is not None}
         self._by_object = {known: path for path, known in wanted.objects.items() if known is not None}
 
@@ -179,11 +185,12 @@ class _Search:
         if not text.startswith(b"/"):
             return
         for told in {text, text.removesuffix(_DELETED)}:
-            for where, mount_point, root in self._places:
+            for where, mount_point, root, is_around in self._places:
                 below = told[len(mount_point) :]
                 if told.startswith(mount_point) and below[:1] in (b"", b"/"):
                     path = b"/".join(filter(None, (root, below.strip(b"/"))))
-                    yield from self._at_and_above(path, is_there=where == namespace)
+                    for candidate in self._at_and_above(path, is_there=where == namespace):
+                        yield _Candidate(candidate.path, candidate.is_itself and not is_around, candidate.is_there)
             yield from self._at_and_above(told[1:], is_there=False)  # if it was unmounted lazily
 
     def _at_and_above(self, path: bytes, *, is_there: bool) -> Iterator[_Candidate]:

@@ -55,11 +55,17 @@ class Target:
     """Top first, the upper included, data-only layers left out."""
     open: Callable[[], int] = field(repr=False, compare=False)
     """A detached clone of the merged mount, as an owned descriptor. Raises MountError."""
+    around: tuple[MountPoint, ...] = ()
+    """Mounts of overlays around this one, through which its objects may be held; `root` is the directory of this one that each
+    shows."""
     has_upper: bool = False
     """The first of the layers is the upper."""
     read_only: bool = False
     """The superblock is read-only."""
     userxattr: bool = False
+    splits_files: bool = False
+    """metacopy is on, so a file's content may be another file's."""
+    data_only: tuple[LayerRoot, ...] = ()
     renames_directories: bool = False
     """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
     on_server: bool = False

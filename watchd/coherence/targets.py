@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from watchd.coherence.target import LayerRoot, Target
@@ -49,28 +49,25 @@ def build_target(
     budget: float = 0.1,
     telling_overlays: Collection[int] = (),
     on_server: bool = False,
+    around: Iterable[MountPoint] = (),
 ) -> Target:
     """A target for the overlay. Layers that are unknown fail when they are opened, not here.
 
+    `around`: mounts of overlays around this one; `root` is the directory of this one that each shows.
     `telling_overlays`: st_dev of overlays, perhaps layers of this one, whose own layers all pass `cache_tells`.
     """
     return Target(
         device=overlay.device,
         mount_point=primary_point(overlay).path,
         mount_points=tuple({point.path: None for point in overlay.mount_points if point.root == b"/"}),
-        layers=tuple(
-            LayerRoot(
-                layer.path,
-                functools.partial(clone_directory, layer, courier),
-                key=(layer.view.namespace, layer.path, layer.device, layer.handle),
-                cache_tells=cache_tells(layer, telling_overlays),
-            )
-            for layer in layers_of(stack)
-        ),
+        layers=tuple(_root(layer, courier, telling_overlays) for layer in layers_of(stack)),
         open=functools.partial(_open_merged, overlay, courier),
+        around=tuple(around),
         has_upper=stack.upper is not None,
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
+        splits_files=_is_on("metacopy", overlay),
+        data_only=tuple(_root(layer, courier, telling_overlays) for layer in stack.data_only),
         # Shown as on wherever there is no upper, where nothing can be renamed.
         renames_directories=overlay.upperdir is not None and _is_on("redirect_dir", overlay),
         copies_metadata=overlay.upperdir is not None and _is_on("metacopy", overlay),
@@ -87,6 +84,15 @@ def build_target(
 
 def _is_on(option: str, overlay: Overlay) -> bool:
     return overlay.options.get(option, default_option(option)) in ("on", "Y")
+
+
+def _root(layer: LayerDirectory, courier: Courier, telling_overlays: Collection[int]) -> LayerRoot:
+    return LayerRoot(
+        layer.path,
+        functools.partial(clone_directory, layer, courier),
+        key=(layer.view.namespace, layer.path, layer.device, layer.handle),
+        cache_tells=cache_tells(layer, telling_overlays),
+    )
 
 
 def default_option(option: str) -> str:

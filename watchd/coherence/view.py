@@ -6,7 +6,12 @@ Facts
   directory's one if that is not cached either, and verification itself caches nothing that could become stale later.
 * It never waits, so a mount or rename anywhere on the host at this moment makes it miss what is cached: with somebody mounting
   in a loop 0.9 % of the calls, two in a row 0.01 %. Only several misses in a row mean that a name is not cached.
+* A file with metacopy keeps the file that it found its content in at the first open; one that it did not find it looks for
+  again. Its handle, times and size are its own and say nothing of that one, so the content has to be compared.
 * A pinned dentry pins its ancestors, so below an uncached directory nothing is stale.
+* Directories are shared by inode: under a new name that nobody looked up yet, a renamed lower directory shows what its old name
+  stands for, as long as that is in use, or says ESTALE where an upper has part in it. So where a directory stays stale, new
+  names of directories are looked up in earnest.
 * Exact identity of a cached object: name_to_handle_at(AT_HANDLE_FID) on it reveals the handle of the real inode it stands for
   (6.6; which one is said in `watchd.wire.handles`). It names one object only; for a directory the names in it are compared as
   well. An overlay mounted in a user namespace and an outer one of nested overlays do not tell; there times, type and size have
@@ -50,11 +55,17 @@ STRUCTURE = int(Kind.CREATE | Kind.DELETE | Kind.RENAME)
 CACHED_TRIES = 6
 """Nearly independent, so six misses in a row of something cached are less likely than 1e-10."""
 
+COMPARED_BYTES = 1 << 20
+"""So much of files is compared whose content cannot be told apart otherwise."""
+
 FEW = 4
 """Up to so many suspects their directories are not asked for first."""
 
 UNCACHED = -1
 NEGATIVE = -2
+
+_OF_DIRECTORIES = frozenset({"ghost", "replaced", "listing"})
+"""How a directory can be stale that may have a new name."""
 
 _EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
 
@@ -111,33 +122,92 @@ class View:
     def union(self) -> Union:
         """The layers, opened when first asked for. Raises LayerError."""
         if self._union is None:
-            roots = []
-            for layer in self.target.layers:
-                roots.append(self._handles.borrow(layer))
-                self._borrowed.append(layer)
-            self._union = Union(roots, userxattr=self.target.userxattr)
+            self._union = Union(self._roots(self.target.layers), userxattr=self.target.userxattr)
         return self._union
+
+    def _roots(self, layers: Iterable[LayerRoot]) -> list[int]:
+        """Their root directories, borrowed. Raises LayerError."""
+        roots = []
+        for layer in layers:
+            roots.append(self._handles.borrow(layer))
+            self._borrowed.append(layer)
+        return roots
 
     def stale(self, suspects: Mapping[bytes, int], *, acted: bool) -> Iterator[Stale]:
         """The stale ones among the suspects (path -> `Kind` bits). Raises LayerError, OSError.
 
         Before an action (`acted` false) also those that may be stale in a way that cannot be seen from outside.
         """
+        if self.target.renames_directories:
+            suspects = self._under_merged_names(suspects)
         cached: dict[bytes, bool] = {b"": True}
         ask_directories = self._cache_tells and len(suspects) > FEW
+        unknown: list[bytes] = []
+        is_held = False
         for path in sorted(suspects):
             if ask_directories and not self._is_cached(path.rpartition(b"/")[0], cached):
+                unknown.append(path)
                 continue
-            kind = self._judge(path, suspects[path], acted=acted)
+            descriptor = self._cached(path)
+            if descriptor == UNCACHED:
+                unknown.append(path)
+                continue
+            kind = self._judge(path, descriptor, suspects[path], acted=acted)
             if kind is not None:
+                is_held = is_held or kind in _OF_DIRECTORIES
+                yield Stale(path, kind)
+        if acted and is_held:
+            yield from self._stale_under_new_names(unknown)
+
+    def _under_merged_names(self, suspects: Mapping[bytes, int]) -> Mapping[bytes, int]:
+        """The suspects, paths in a layer, with the names that they have in the merged mount where directories were renamed."""
+        inside: dict[bytes, dict[bytes, int]] = {}
+        for path, kinds in suspects.items():
+            parent, _, name = path.rpartition(b"/")
+            inside.setdefault(parent, {})[name] = kinds
+        renamed: dict[bytes, int] = {}
+        for directory in self._cached_directories():
+            for place in self.union.places(directory) if directory else ():
+                if place != directory and place in suspects:
+                    renamed[directory] = renamed.get(directory, 0) | suspects[place]
+                for name, kinds in inside.get(place, {}).items() if place != directory else ():
+                    path = directory + b"/" + name
+                    renamed[path] = renamed.get(path, 0) | kinds
+        return {**suspects, **{path: kinds | suspects.get(path, 0) for path, kinds in renamed.items()}}
+
+    def _cached_directories(self) -> Iterator[bytes]:
+        """Those that the layers have and the merged mount has cached."""
+        pending = [b""]
+        while pending:
+            directory = pending.pop()
+            yield directory
+            below = [name for name, is_dir in self.union.listing(directory).items() if is_dir]
+            paths = [directory + b"/" + name if directory else name for name in below]
+            cached = {directory: True}
+            pending += [path for path in paths if self._is_cached(path, cached)]
+
+    def _stale_under_new_names(self, unknown: Iterable[bytes]) -> Iterator[Stale]:
+        for path in unknown:
+            if not self._is_directory(path) or (descriptor := self._find(path)) == UNCACHED:
+                continue
+            if (kind := self._judge(path, descriptor, int(Kind.CREATE), acted=True)) is not None:
                 yield Stale(path, kind)
 
     def pinned(self, stale: Sequence[Stale]) -> tuple[Stale, ...]:
         """The same with the processes that hold each. Looks through all processes."""
         device = os.fstat(self.merged).st_dev
         objects = {entry.path: self._object(entry.path) for entry in stale}
-        holders = find_holders(Wanted(device, self.target.shown_at, objects))
+        holders = find_holders(Wanted(device, self.target.shown_at, objects, self.target.around))
+        unheld = [entry.path for entry in stale if entry.path not in holders and self._is_directory(entry.path)]
+        if unheld:
+            # Under its new name a directory is what its old one is kept as; which that was, nothing tells.
+            former = {one for entry in stale if entry.kind in _OF_DIRECTORIES for one in holders.get(entry.path, ())}
+            holders |= dict.fromkeys(unheld, tuple(sorted(former)))
         return tuple(msgspec.structs.replace(entry, pinned_by=holders.get(entry.path, ())) for entry in stale)
+
+    def _is_directory(self, path: bytes) -> bool:
+        expected = self.union.lookup(path)
+        return expected is not None and expected.is_dir
 
     @property
     def upper(self) -> int | None:
@@ -247,20 +317,24 @@ class View:
         """An owned descriptor of a cached object, or UNCACHED, or NEGATIVE. Raises OSError."""
         resolve = CONFINED | (RESOLVE_CACHED if self._cache_tells else 0)
         for _ in range(CACHED_TRIES):
-            descriptor = try_openat2(self.merged, path or b".", resolve=resolve)
-            if descriptor >= 0:
+            descriptor = self._find(path, resolve=resolve)
+            if descriptor != UNCACHED:
                 return descriptor
-            if -descriptor in _NOTHING_THERE:
-                return NEGATIVE
-            if descriptor != -errno.EAGAIN:
-                raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(path))
         return UNCACHED
 
-    def _judge(self, path: bytes, kinds: int, *, acted: bool) -> str | None:
-        descriptor = self._cached(path)
-        if descriptor == UNCACHED:
-            return None
-        if descriptor == NEGATIVE:
+    def _find(self, path: bytes, *, resolve: int = CONFINED) -> int:
+        descriptor = try_openat2(self.merged, path or b".", resolve=resolve)
+        if descriptor >= 0:
+            return descriptor
+        if -descriptor in _NOTHING_THERE:
+            return NEGATIVE
+        if descriptor != -errno.EAGAIN:
+            raise OSError(-descriptor, os.strerror(-descriptor), os.fsdecode(path))
+        return UNCACHED
+
+    def _judge(self, path: bytes, descriptor: int, kinds: int, *, acted: bool) -> str | None:
+        """What is wrong with a name of which `descriptor` (taken over) is what is cached."""
+        if descriptor < 0:
             return "missing" if self.union.exists(path) else None
         try:
             expected = self.union.lookup(path)
@@ -279,6 +353,8 @@ class View:
                 return "listing"
             if self._lists_otherwise(path, descriptor):
                 return "listing"
+        if kinds & STRUCTURE and not expected.is_dir and self.target.splits_files and self.union.is_metacopy(path):
+            return "replaced" if not acted or self._has_other_content(path, descriptor) else None
         if kinds & Kind.ATTRIB and not self._is_upper(expected):
             if not acted:
                 return "permission"  # a stale setuid bit shows at execve only, so nobody is asked
@@ -301,6 +377,16 @@ class View:
         if expected.is_dir:
             return revealed == self.union.second(path)
         return self._looks_same(path, descriptor)  # what is revealed is what it was copied up from
+
+    def _has_other_content(self, path: bytes, descriptor: int) -> bool:
+        """For files that have their content from another one, of which nothing is told; the first bytes of it have to do."""
+        real = self.union.content(path, self._roots(self.target.data_only))
+        if real is None:
+            return _beginning(descriptor) is not None
+        try:
+            return _beginning(descriptor) != _beginning(real)  # a read goes on behind the size, which is its own
+        finally:
+            os.close(real)
 
     def _looks_same(self, path: bytes, descriptor: int) -> bool:
         """For overlays that tell no handle: attributes come from the real inode, so they tell one object from another."""
@@ -327,9 +413,20 @@ class View:
     def _lists_otherwise(self, path: bytes, descriptor: int) -> bool:
         listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)
         try:
-            return set(_names(os.listdir(listing))) != set(self.union.listing(path))
+            shown, true = set(_names(os.listdir(listing))), set(self.union.listing(path))
         finally:
             os.close(listing)
+        prefix = path + b"/" if path else b""
+        return bool(shown - true) or not all(self._lacks_content(prefix + name) for name in true - shown)
+
+    def _lacks_content(self, path: bytes) -> bool:
+        """Whether it is a file whose content is gone: directories that the upper has part in leave it out of their listings."""
+        if not self.target.splits_files or not self.union.is_metacopy(path):
+            return False
+        content = self.union.content(path, self._roots(self.target.data_only))
+        if content is not None:
+            os.close(content)
+        return content is None
 
 
 def _inspect_attributes(descriptor: int, real: int) -> Finding:
@@ -342,6 +439,20 @@ def _inspect_attributes(descriptor: int, real: int) -> Finding:
 
 def _names(listing: Iterable[str]) -> Iterator[bytes]:
     return (os.fsencode(name) for name in listing)
+
+
+def _beginning(descriptor: int) -> bytes | None:
+    """The first bytes of a file that is open by O_PATH; None if it cannot be read."""
+    try:
+        file = os.open(b"/proc/self/fd/%d" % descriptor, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.pread(file, COMPARED_BYTES, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
 
 
 def _fingerprint(descriptor: int) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ Facts (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c and readdir
 * The root is made of the roots of all layers whatever their xattrs, and the last layer's xattrs are not asked for.
 * The xattrs live in trusted.*, with the option userxattr in user.*. They cannot be read through an O_PATH descriptor, but
   through its /proc/self/fd link.
-* Data-only layers provide no names.
+* Data-only layers provide no names. A file with the xattr overlay.metacopy has its content in the first layer below that has
+  the name without one; overlay.redirect names another one, and as a path from the root one in the data-only layers, too.
 
 * Directories list their entries with their types (d_type), so only character devices have to be looked at.
 
@@ -194,6 +195,52 @@ class Union:
     def is_merged(self, path: bytes) -> bool:
         """Whether more than one layer contributes to the directory at `path`. Raises OSError."""
         return len(self._members(path)) > 1
+
+    def places(self, path: bytes) -> list[bytes]:
+        """Where in their layers the parts of the merged directory at `path` lie, which redirects make another place. For roots
+        that are mounts of their own, as detached clones are. Raises OSError."""
+        links = [os.readlink(b"/proc/self/fd/%d" % member.descriptor) for member in self._members(path)]
+        return [link.strip(b"/") for link in links]
+
+    def is_metacopy(self, path: bytes) -> bool:
+        """Whether the content of what the layers provide at `path` is another file's. Raises OSError."""
+        descriptor = self.open(path)
+        if descriptor is None:
+            return False
+        try:
+            return "metacopy" in self._marks(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def content(self, path: bytes, data_only: Sequence[int] = ()) -> int | None:
+        """An owned O_PATH descriptor of the file that holds the content of the one at `path`, None if it is gone.
+
+        `data_only`: the roots of those layers, borrowed. Raises OSError.
+        """
+        parent, _, name = path.rpartition(b"/")
+        for member in self._members(parent):
+            descriptor = _open(member.descriptor, name)
+            if descriptor is None:
+                continue
+            marks = self._marks(descriptor)
+            if "metacopy" not in marks:
+                return descriptor
+            redirect = self._xattr(descriptor, "redirect") if "redirect" in marks else None
+            os.close(descriptor)
+            if redirect and redirect.startswith(b"/"):
+                return self._content_at(redirect.strip(b"/"), member.layer + 1, data_only)
+            name = redirect or name
+        return None
+
+    def _content_at(self, path: bytes, layer: int, data_only: Sequence[int]) -> int | None:
+        below = Union(self._roots[layer:], userxattr=self._prefix.startswith("user."))
+        try:
+            found = below.content(path)
+        finally:
+            below.close()
+        if found is None:
+            found = next((one for root in data_only if (one := _open(root, path)) is not None), None)
+        return found
 
     def second(self, path: bytes) -> FileHandle | None:
         """What the next layer below the first contributes to the merged directory at `path`. Raises OSError."""

@@ -73,6 +73,9 @@ PENDING_MAX = 10_000
 """With more batches waiting for the loop, or more records waiting for the disk, a worker waits before it reads on; what is not
 read stays in the kernel's queue, where it is merged."""
 
+_UNSETTLES_DATA = int(Kind.DELETE | Kind.RENAME)
+"""Content that was looked for in vain is looked for again, so what is new in a data-only layer makes nothing stale."""
+
 Key = tuple[int, int, FileHandle | None]
 
 
@@ -86,6 +89,9 @@ class Layer:
     backend: str
     """What was asked for; `worker.source.backend` is what was got."""
     devices: set[str] = field(default_factory=set)
+    """The mounts that it is a lower of."""
+    data_of: set[str] = field(default_factory=set)
+    """The mounts that it is a data-only layer of."""
     configured: bool = False
     worker: Worker | None = None
     state: str = "scanning"
@@ -143,6 +149,7 @@ class LayerBook:
         self._ending: set[asyncio.Task[None]] = set()
         """Workers that are not needed any more, until they have ended."""
         self._routes: dict[str, tuple[str, ...]] = {}
+        self._data_routes: dict[str, tuple[str, ...]] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._taken_in = threading.Event()
         self._closing = False
@@ -192,6 +199,7 @@ class LayerBook:
     def reroute(self) -> None:
         """Which mounts a layer's changes concern was changed."""
         self._routes = {layer.name: tuple(sorted(layer.devices)) for layer in self.layers.values()}
+        self._data_routes = {layer.name: tuple(layer.data_of) for layer in self.layers.values() if layer.data_of}
 
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
@@ -378,6 +386,8 @@ class LayerBook:
         """Tell the engine; returns the rounds that it worked on at once."""
         rounds = []
         for name, paths in suspects.items():
+            if name in self._data_routes and any(kinds & _UNSETTLES_DATA for kinds in paths.values()):
+                self._engine.doubt(self._data_routes[name])  # which names have their content there is not known
             devices = self._routes.get(name)
             if devices and paths and (round := self._engine.suspect(devices, paths, number=number, read_ns=read_ns)):
                 rounds.append(round)
@@ -501,7 +511,7 @@ class LayerBook:
         if layer.scan_again:
             self._recover(layer)
             return
-        self._engine.doubt(layer.devices)
+        self._engine.doubt(layer.devices | layer.data_of)
         self._journal.append([Resync(time.time_ns(), layer.name, layer.desync_seq, layer.differences)])
         log.info("layer %s: in step again, %d differences", layer.name, layer.differences)
         layer.desync_seq = layer.differences = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +26,7 @@ from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
 from watchd.overlay.discovery import Discovery, Namespaces, find_namespaces, matches, read_overlays
 from watchd.overlay.layers import look_up
-from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View, device_name, device_number
+from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedStack, View, device_name, device_number
 from watchd.overlay.mountwatch import MountWatch
 from watchd.overlay.servers import Served, lies_on, served_mounts, servers_of, servers_on
 from watchd.service.layers import OVERLAYFS_MAGIC, STUCK_S, Key, Layer, LayerBook, key_of
@@ -54,6 +54,8 @@ class Mount:
     layers: list[Layer]
     unknown: tuple[LayerDirectory, ...]
     """Layers that could not be found, with the reason in `error`."""
+    around: tuple[MountPoint, ...] = ()
+    """Where it shows in overlays around it: their mounts; `root` is the directory of this one that each shows."""
     unseen: Waiting | None = None
     """Since when it is waited for what the mount is; without layers it is not kept before that is known."""
     unchecked: tuple[LayerDirectory, Waiting] | None = None
@@ -165,10 +167,10 @@ class MountBook:
 
     async def check_layers(self, mounts: Sequence[Mount]) -> None:
         """See whether the layers of these mounts are still what their paths lead to; an overlay goes on with the old ones."""
-        known = {layer for mount in mounts for layer in layers_of(mount.stack) if not layer.error}
+        known = {layer for mount in mounts for layer in _with_data(mount.stack) if not layer.error}
         found = await self._checking.ask({layer: partial(self._why_displaced, layer) for layer in known})
         for mount in mounts:
-            answers = [(layer, found[layer]) for layer in layers_of(mount.stack) if layer in found]
+            answers = [(layer, found[layer]) for layer in _with_data(mount.stack) if layer in found]
             mount.unchecked = next(((layer, a) for layer, a in answers if isinstance(a, Waiting)), None)
             reason = next((answer for _, answer in answers if isinstance(answer, str) and answer), "")
             if mount.unchecked is not None and not reason:
@@ -190,7 +192,7 @@ class MountBook:
             await self._layers.rewatch(config.sources)
             for mount in self.mounts.values():
                 if mount.stack is not _NOTHING_KNOWN:
-                    self._engine.retarget(self._target(mount.overlay, mount.stack))
+                    self._engine.retarget(self._target(mount))
         await self.refresh()
 
     async def close(self) -> None:
@@ -234,7 +236,8 @@ class MountBook:
                 self._update(self.mounts[device], sighting)
             else:
                 new.append(sighting)
-        watched = [directory for sighting in new if sighting.stack for directory in _found(sighting.stack.lowers)]
+        stacks = [sighting.stack for sighting in new if sighting.stack]
+        watched = [directory for stack in stacks for directory in _found((*stack.lowers, *stack.data_only))]
         await asyncio.gather(*map(self._layer, {key_of(directory): directory for directory in watched}.values()))
         for sighting in new:
             self._add(sighting)
@@ -248,13 +251,16 @@ class MountBook:
                 self._wait_for(overlay, sighting.waiting)
             return
         layers = [self._layers.layers[key_of(directory)] for directory in _found(stack.lowers)]
-        unknown = tuple(directory for directory in stack.lowers if directory.error)
-        mount = Mount(overlay, sighting.mount_ids, stack, layers, unknown)
+        data_only = [self._layers.layers[key_of(directory)] for directory in _found(stack.data_only)]
+        unknown = tuple(directory for directory in (*stack.lowers, *stack.data_only) if directory.error)
+        mount = Mount(overlay, sighting.mount_ids, stack, [*layers, *data_only], unknown)
         self.mounts[overlay.device] = mount
         for layer in layers:
             layer.devices.add(overlay.device)
+        for layer in data_only:
+            layer.data_of.add(overlay.device)
         self._layers.reroute()
-        self._engine.add(self._target(overlay, stack))
+        self._engine.add(self._target(mount))
         log.info("keeping %s (%s) true", os.fsdecode(primary_point(overlay).path), overlay.device)
         for directory in unknown:
             log.warning("layer %s of %s: %s", os.fsdecode(directory.path), overlay.device, directory.error)
@@ -270,6 +276,7 @@ class MountBook:
         self._metrics.forget_mount(device)
         for layer in mount.layers:
             layer.devices.discard(device)
+            layer.data_of.discard(device)
         self._layers.reroute()
         if mount.layers or mount.unknown:
             log.info("%s (%s) is gone", os.fsdecode(primary_point(mount.overlay).path), device)
@@ -281,11 +288,12 @@ class MountBook:
         mount.overlay, mount.mount_ids = sighting.overlay, sighting.mount_ids or mount.mount_ids
         if mount.stack is _NOTHING_KNOWN:
             return
-        self._engine.retarget(self._target(mount.overlay, mount.stack))
+        self._engine.retarget(self._target(mount))
 
     async def _nest(self) -> None:
         """Find out which mounts have a lower inside another one."""
         outers: dict[str, tuple[Outer, ...]] = {}
+        around: dict[str, tuple[MountPoint, ...]] = {}
         for device, mount in self.mounts.items():
             for layer in mount.layers:
                 if layer.directory.magic != OVERLAYFS_MAGIC:
@@ -294,10 +302,18 @@ class MountBook:
                 if inner is not None:
                     outer = Outer(device, _below(layer.directory, inner.overlay))
                     outers[inner.overlay.device] = (*outers.get(inner.overlay.device, ()), outer)
+                    around[inner.overlay.device] = (
+                        *around.get(inner.overlay.device, ()),
+                        *_shown_around(mount.overlay, outer),
+                    )
                     await self._watch_upper(inner)
                 if layer.worker is None and inner is not None:
                     layer.become("live", "changes come through the layers of the overlay that it lies in")
         self._engine.nest(outers)
+        for device, mount in self.mounts.items():
+            if mount.around != around.get(device, ()):
+                mount.around = around.get(device, ())
+                self._engine.retarget(self._target(mount))
 
     async def _watch_upper(self, mount: Mount) -> None:
         """What is done through a mount lands in its upper; to those around it that is a change of a lower like any other."""
@@ -368,14 +384,14 @@ class MountBook:
 
     def _drop_unused(self) -> None:
         for layer in list(self._layers.layers.values()):
-            if not layer.devices and not layer.configured:
+            if not layer.devices | layer.data_of and not layer.configured:
                 self._layers.drop(layer)
 
-    def _target(self, overlay: Overlay, stack: ResolvedStack) -> Target:
-        coherence = self.config.coherence_for(point.path for point in overlay.mount_points)
+    def _target(self, mount: Mount) -> Target:
+        coherence = self.config.coherence_for(point.path for point in mount.overlay.mount_points)
         return build_target(
-            overlay,
-            stack,
+            mount.overlay,
+            mount.stack,
             self.courier,
             observe=coherence.mode == "observe" or not coherence.actions,
             actions=coherence.actions,
@@ -384,8 +400,9 @@ class MountBook:
             telling_overlays=self._telling_overlays(),
             on_server=any(
                 lies_on(os.path.dirname(point.path), self._served.get(point.namespace, ()))
-                for point in overlay.mount_points
+                for point in mount.overlay.mount_points
             ),
+            around=mount.around,
         )
 
     def _telling_overlays(self) -> set[int]:
@@ -407,6 +424,14 @@ def _below(directory: LayerDirectory, inner: Overlay) -> bytes | None:
         if directory.path.startswith(point.path.rstrip(b"/") + b"/"):
             return directory.path[len(point.path.rstrip(b"/")) + 1 :]
     return None
+
+
+def _shown_around(overlay: Overlay, outer: Outer) -> Iterator[MountPoint]:
+    """What the mounts of an overlay show of the one that a lower of it lies in."""
+    if outer.below is not None:
+        for point in overlay.mount_points:
+            root = b"/".join(filter(None, (outer.below, point.root.strip(b"/"))))
+            yield msgspec.structs.replace(point, root=b"/" + root)
 
 
 def _same(mount: Mount, sighting: Sighting) -> bool:
@@ -432,6 +457,10 @@ def _shown(overlay: Overlay) -> Overlay:
     return msgspec.structs.replace(overlay, mount_points=())
 
 
+def _with_data(stack: ResolvedStack) -> list[LayerDirectory]:
+    return [*layers_of(stack), *stack.data_only]
+
+
 def _found(directories: Iterable[LayerDirectory]) -> list[LayerDirectory]:
     return [directory for directory in directories if not directory.error]
 
@@ -441,4 +470,6 @@ def _layers_shown(overlay: Overlay) -> tuple[object, ...]:
 
 
 def _keys(stack: ResolvedStack) -> list[Key]:
-    return [key_of(directory) for directory in (*((stack.upper,) if stack.upper else ()), *stack.lowers)]
+    return [
+        key_of(directory) for directory in (*((stack.upper,) if stack.upper else ()), *stack.lowers, *stack.data_only)
+    ]

@@ -117,5 +117,5 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "backend": layer.worker.source.backend if layer.worker else None,
         "state": state,
         "reason": waiting or layer.reason,
-        "mounts": sorted(layer.devices),
+        "mounts": sorted(layer.devices | layer.data_of),
     }
