@@ -91,6 +91,8 @@ paths = st.lists(text.filter(lambda name: "/" not in name and name not in (".", 
 ladders = st.sets(st.sampled_from(s.LADDER)).map(lambda some: tuple(one for one in s.LADDER if one in some))
 budgets = st.integers(1, 1000).map(lambda tenths: Percentage.parse(f"{tenths // 10}.{tenths % 10}%"))
 durations = st.integers(10**9, 60 * 10**9).map(Duration)
+sizes = st.integers(4096, 1 << 32).map(Size)
+programs = text.filter(lambda name: "/" not in name[1:])
 layers = st.lists(
     st.builds(s.Layer, path=paths, name=st.one_of(st.just(msgspec.UNSET), text), backend=st.just("poll")),
     max_size=3,
@@ -101,7 +103,9 @@ rules = st.builds(
     match=text,
     actions=st.one_of(st.just(msgspec.UNSET), ladders),
     budget=st.one_of(st.just(msgspec.UNSET), budgets),
-    after=st.lists(text, max_size=3).map(tuple),
+    evict_limit=st.one_of(st.just(msgspec.UNSET), sizes),
+    after=st.one_of(st.just(()), st.tuples(programs, text)),
+    after_timeout=durations,
 )
 configs = st.builds(
     Config,
@@ -110,8 +114,10 @@ configs = st.builds(
     mounts=st.lists(rules, max_size=3).map(tuple),
     discovery=st.builds(s.Discovery, include=st.lists(text, max_size=3).map(tuple)),
     sources=st.builds(s.Sources, content=st.booleans(), poll_interval=durations),
-    coherence=st.builds(s.Coherence, actions=ladders, budget=budgets),
-    journal=st.builds(s.Journal, max_delay=durations, segment_size=st.integers(4096, 1 << 32).map(Size)),
+    coherence=st.builds(
+        s.Coherence, actions=ladders, budget=budgets, evict_limit=sizes, drop_caches_interval=durations
+    ),
+    journal=st.builds(s.Journal, max_delay=durations, segment_size=sizes),
     metrics=st.builds(s.Metrics, listen=st.sampled_from([None, Address("::1", 1), Address("host", 65535)])),
     control=st.builds(s.Control, mode=st.integers(0, 0o777).map(FileMode), group=text),
 )

@@ -157,7 +157,7 @@ def test_no_verb_but_the_known_ones_gets_anything_but_a_refusal(server: Server, 
     assert answer.get("kind") == "usage" or verb in VERBS
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(arguments=st.dictionaries(st.text().filter(lambda key: key != "verb"), anything))
 def test_arguments_of_any_kind_reach_the_verb_as_they_are(server: Server, arguments: dict[str, Any]) -> None:
     answer = server.ask({"verb": "echo", **arguments})

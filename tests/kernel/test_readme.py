@@ -49,7 +49,7 @@ def test_the_readme_shows_what_really_happens(sandbox: Sandbox) -> None:
     without, with_watchd = transcripts()
     assert replay(without, directory=directory, environment=environment) == without
     try:
-        with Daemon(config.parent, mounts=directory):
+        with Daemon(config.parent, mounts=directory, ladders=state / "none"):
             assert replay(with_watchd, directory=directory, environment=environment) == with_watchd
     finally:
         subprocess.run(["umount", directory / "merged"], check=True)

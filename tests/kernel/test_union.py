@@ -196,7 +196,9 @@ def judge(sandbox: Sandbox, stack: Sequence[Dir], *, upper: bool = False, userxa
         assert {path: seen_by_union(union, path, upper=upper) for path in reversed(right)} == right
 
 
-bounded = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+bounded = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def root(**entries: Node) -> Dir:
