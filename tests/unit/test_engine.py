@@ -86,10 +86,11 @@ class Stage:
         self._begun: list[Call] = []
         self._rounds: SimpleQueue[Round] = SimpleQueue()
         self._threads = threads
+        self.brisk_ns = 0
 
     def start(self) -> None:
         tools = Tools(Handles(), Courier(), DropCaches(0))
-        self.engine = Engine(self, tools, threads=self._threads, clock=self.clock)
+        self.engine = Engine(self, tools, threads=self._threads, brisk_ns=self.brisk_ns, clock=self.clock)
 
     def work(
         self,
@@ -695,7 +696,7 @@ def test_mounts_that_hang_leave_threads_for_the_others_and_say_since_when(stage:
     answered = stage.engine.state("1:0")
     assert answered is not None
     assert answered.waiting_since_ns is None
-    while len(stage.engine._threads) > 4:  # those that are not needed any more end
+    while len(stage.engine._threads) > 5:  # those that are not needed any more end
         os.sched_yield()
 
 
@@ -709,3 +710,24 @@ def test_no_more_rounds_run_at_a_time_than_there_are_threads_for_while_none_is_o
     calls.append(stage.next())
     for call in calls[1:]:
         call.end()
+
+
+def test_rounds_that_are_short_do_not_take_the_interpreter_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(threads=4)
+    stage.brisk_ns = 100
+    monkeypatch.setattr(module, "work", stage.work)
+    stage.start()
+    try:
+        for number in range(3):
+            stage.engine.add(target(f"1:{number}"))
+        first = stage.next()
+        stage.forward(99)
+        assert stage.nothing_under_way()
+        stage.forward(1)
+        second = stage.next()
+        assert stage.nothing_under_way()
+        second.end()
+        stage.next().end()
+        first.end()
+    finally:
+        stage.close()

@@ -20,7 +20,7 @@ from typing import Protocol
 from watchd.coherence.actions import Tools
 from watchd.coherence.round import Outcome, Round, Task, work
 from watchd.coherence.target import Outer, Target
-from watchd.coherence.view import STRUCTURE, Stale
+from watchd.coherence.view import Stale
 from watchd.errors import WatchdError
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,10 @@ _NEVER = 1 << 63
 
 OVERDUE_NS = 1_000_000_000
 """A round that takes longer waits for somebody's filesystem: its thread does not count any more, another takes its place."""
+
+BRISK_NS = 20_000_000
+"""A round that takes no longer waits for nobody but the interpreter, which two of them would take from each other: 50 mounts of
+one lower are healed sooner one by one than by four threads at a time. So it is the only one of its age."""
 
 THREADS_MAX = 256
 """With so many threads, nearly all of them waiting for filesystems, nothing more is begun until one returns."""
@@ -113,14 +117,23 @@ class Engine:
     """The mounts that are kept coherent and the threads that do it. All methods may be called from any thread."""
 
     def __init__(
-        self, observer: Observer, tools: Tools, *, threads: int = 4, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        observer: Observer,
+        tools: Tools,
+        *,
+        threads: int = 4,
+        brisk_ns: int = BRISK_NS,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`clock` tells nanoseconds of CLOCK_MONOTONIC."""
-        self._observer, self._tools = observer, tools
+        self._observer, self._tools, self._brisk_ns = observer, tools, brisk_ns
         self._clock = clock
         lock = threading.RLock()
         self._condition = threading.Condition(lock)
-        """Something to do for the threads."""
+        """Something to do: for the one thread that keeps watch."""
+        self._reserve = threading.Condition(lock)
+        """For the others that have nothing to do: somebody has to keep watch in the place of one that went to work."""
+        self._is_watched = False
         self._over = threading.Condition(lock)
         """A round is over: for those who wait to settle, who must not take a thread's place in line."""
         self._mounts: dict[str, _Mount] = {}
@@ -133,7 +146,6 @@ class Engine:
         """How often which action was taken on the predecessor of a mount that was put in its place."""
         self.flooded = 0
         self._limit = threads
-        self._idle = 0
         self._working: set[_Mount] = set()
         """What the threads are at."""
         self._numbers = itertools.count()
@@ -148,6 +160,7 @@ class Engine:
             self._mounts[target.device] = mount = _Mount(target, actions=actions)
             mount.must_act = True
             self._ask(mount)
+            self._condition.notify()
 
     def retarget(self, target: Target) -> None:
         """The mount is seen elsewhere or configured otherwise now."""
@@ -182,6 +195,7 @@ class Engine:
             if len(mounts) != 1 or not self._is_quick(mounts[0]):
                 for mount in mounts:
                     self._ask(mount)
+                self._condition.notify()
                 return None
             mount = mounts[0]
             mount.rounds_asked += 1
@@ -195,6 +209,7 @@ class Engine:
                 if mount := self._mounts.get(device):
                     mount.must_act = True
                     self._ask(mount)
+            self._condition.notify()
 
     def displace(self, device: str, reason: str) -> bool:
         """Why a layer's path does not lead to the layer that the overlay goes on with; "" if all of them do. Returns whether
@@ -205,6 +220,7 @@ class Engine:
                 return False
             mount.displaced = reason
             self._ask(mount)
+            self._condition.notify()
             return True
 
     def settle(self, devices: Iterable[str], deadline_ns: int) -> bool:
@@ -219,6 +235,7 @@ class Engine:
                     if mount.stale or mount.error or mount.listings or mount.untidy or mount.damage:
                         self._ask(mount)
                     waiting.append((mount, mount.rounds_asked))
+            self._condition.notify()
             while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
                 remaining = deadline_ns - self._clock()
                 if remaining <= 0 or self._stopping:
@@ -259,6 +276,7 @@ class Engine:
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
+            self._reserve.notify_all()
             self._over.notify_all()
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for thread in list(self._threads):  # one that hangs on a filesystem ends with the process
@@ -271,18 +289,13 @@ class Engine:
             mount.must_act = True
             self.flooded += 1
             return
-        gathered, listings, is_merged = mount.suspects, mount.listings, len(mount.target.layers) > 1
+        gathered = mount.suspects
         for path, kinds in suspects.items():
             gathered[path] = gathered.get(path, 0) | kinds
-            if kinds & STRUCTURE and path and is_merged:
-                listings[path.rpartition(b"/")[0]] = None
-        if len(listings) > LISTINGS_MAX:
-            listings.clear()
-            mount.must_act = True
-            self.flooded += 1
 
     def _ask(self, mount: _Mount) -> None:
-        """Have a round on this mount as soon as its budget allows."""
+        """Have a round on this mount as soon as its budget allows. To be followed by a notification of the threads, unless it
+        is one of them that asks."""
         mount.rounds_asked += 1
         if mount.queued or mount.busy:
             return
@@ -292,7 +305,6 @@ class Engine:
         else:
             self._delayed.pop(mount, None)
             self._ready.append(mount)
-        self._condition.notify()
 
     def _start_thread(self) -> None:
         if len(self._threads) < THREADS_MAX:
@@ -300,23 +312,33 @@ class Engine:
             self._threads.add(thread)
             thread.start()
 
+    @property
+    def _spare(self) -> int:
+        """How many threads have no mount to work on."""
+        return len(self._threads) - len(self._working)
+
     def _run(self) -> None:
         while True:
             with self._condition:
                 mount = self._next()
                 if mount is None:
                     self._threads.discard(threading.current_thread())
+                    self._reserve.notify()
                     return
                 task = self._take(mount, thorough=True)
                 self._working.add(mount)
-                if not self._idle:  # somebody has to notice when a round is overdue
+                if not self._spare:
                     self._start_thread()
+                elif not self._is_watched:
+                    self._reserve.notify()
             self._observer.round(self._round(mount, task, thorough=True))
 
     def _round(self, mount: _Mount, task: Task, *, thorough: bool) -> Round:
         outcome = self._work(mount, task, thorough=thorough)
         with self._condition:
             self._finish(mount, task, outcome)
+            if not thorough and self._delayed:  # in another thread than ours, which do not know what to wait for now
+                self._condition.notify()
         return outcome.round
 
     def _is_quick(self, mount: _Mount) -> bool:
@@ -335,7 +357,7 @@ class Engine:
 
     def _next(self) -> _Mount | None:
         """Wait for a mount that is due; None when stopping, or when there are threads enough that wait."""
-        while not self._stopping and self._idle < max(self._limit, 1):
+        while not self._stopping and self._spare <= self._limit + 1:
             now = self._clock()
             for mount in [mount for mount, due_ns in self._delayed.items() if due_ns <= now]:
                 del self._delayed[mount]
@@ -354,24 +376,28 @@ class Engine:
 
     def _has_room(self, now: int) -> bool:
         """Whether another round may begin. Those that are overdue take no processor time."""
-        return sum(now - mount.begun_ns <= OVERDUE_NS for mount in self._working) < self._limit
+        ages = [now - mount.begun_ns for mount in self._working]
+        return all(age >= self._brisk_ns for age in ages) and sum(age <= OVERDUE_NS for age in ages) < self._limit
 
     def _rest(self, now: int) -> None:
-        """Wait for something to become due; layers that were used are let go meanwhile."""
+        """Keep watch until something is due, and let go of layers that were used; or wait until nobody keeps watch."""
+        if self._is_watched:
+            self._reserve.wait()
+            return
         expiry = self._tools.handles.expire(now_ns=now)
         due = [*self._delayed.values(), *([expiry] if expiry else [])]
-        if self._ready:
-            overdue = (mount.begun_ns + OVERDUE_NS + 1 for mount in self._working)
-            due += [due_ns for due_ns in overdue if due_ns > now]
-        self._idle += 1
+        if self._ready:  # until there is room
+            room = (mount.begun_ns + age for mount in self._working for age in (self._brisk_ns, OVERDUE_NS + 1))
+            due += [due_ns for due_ns in room if due_ns > now]
+        self._is_watched = True
         self._condition.wait((min(due) - now) / 1e9 if due else None)
-        self._idle -= 1
+        self._is_watched = False
 
     def _take(self, mount: _Mount, *, thorough: bool) -> Task:
         now = self._clock()
-        listings: dict[bytes, None] = {}
-        if thorough and mount.listings_at_ns <= now:
-            listings, mount.listings = mount.listings, {}
+        lists, listings = thorough and mount.listings_at_ns <= now, mount.listings
+        if lists:
+            mount.listings = {}
         task = Task(
             mount.suspects,
             mount.stale,
@@ -379,7 +405,8 @@ class Engine:
             mount.upto,
             mount.oldest_ns,
             mount.rounds_asked,
-            listings=listings,
+            listings=listings if lists else (),
+            lists=lists,
             displaced=mount.displaced,
             stale_for_ns=now - mount.stale_since_ns if mount.stale else 0,
             recheck=thorough and mount.recheck_due,
@@ -401,6 +428,7 @@ class Engine:
             self._forward(task, self._outers.get(mount.target.device, ()))
         else:
             self._put_back(mount, task)
+        self._list_later(mount, outcome.listings)
         mount.rounds_done = task.asked
         mount.stale_since_ns = mount.stale_since_ns if mount.stale else self._clock()
         mount.stale, mount.damage, mount.error, mount.untidy = stale, outcome.damage, round.error, round.untidy
@@ -416,13 +444,20 @@ class Engine:
             self._ask(mount)
         else:
             self._come_back(mount)
-        self._condition.notify()  # after a round in another thread than ours: there may be something to wait for now
         self._over.notify_all()
+
+    def _list_later(self, mount: _Mount, directories: Collection[bytes]) -> None:
+        mount.listings |= dict.fromkeys(directories)
+        if len(mount.listings) > LISTINGS_MAX:
+            mount.listings.clear()
+            mount.must_act = True
+            self._ask(mount)
+            self.flooded += 1
 
     def _charge(self, mount: _Mount, task: Task, round: Round) -> None:
         """Make the mount wait for what the round cost."""
         share = 1 / mount.target.budget - 1
-        if task.listings:
+        if task.lists:
             mount.listings_at_ns = self._clock() + max(LISTINGS_AFTER_NS, int(round.listing_cost_ns * share))
         for step in round.steps:
             mount.actions[step.method] = mount.actions.get(step.method, 0) + 1
@@ -456,7 +491,7 @@ class Engine:
     def _put_back(self, mount: _Mount, task: Task) -> None:
         """Nobody could look: what was suspected is suspected still."""
         self._gather(mount, task.suspects)
-        mount.listings |= dict.fromkeys(task.listings)
+        self._list_later(mount, task.listings)
         mount.must_act |= task.must_act
         if task.oldest_ns is not None:
             mount.oldest_ns = task.oldest_ns

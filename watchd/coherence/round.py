@@ -16,7 +16,7 @@ from watchd.coherence.evict import tidy
 from watchd.coherence.ladder import Climb, Ladder, Step
 from watchd.coherence.replace import clear_up, replace
 from watchd.coherence.target import Target
-from watchd.coherence.view import Stale, View
+from watchd.coherence.view import STRUCTURE, Stale, View
 from watchd.errors import RefusedError
 from watchd.records import Kind
 
@@ -44,7 +44,9 @@ class Task:
     oldest_ns: int | None = None
     asked: int = 0
     listings: Collection[bytes] = ()
-    """Directories in which names came or went. Their listings are pinned by whoever has read them and holds them open."""
+    """Directories in which names came or went before. Their listings are pinned by whoever has read and holds them."""
+    lists: bool = False
+    """It is time to compare listings."""
     displaced: str = ""
     """Why a layer's path does not lead to the layer any more."""
     stale_for_ns: int = 0
@@ -98,6 +100,8 @@ class Finding:
     stale: tuple[Stale, ...] = ()
     is_news: bool = False
     """Some of it was not known to be stale."""
+    listings: Collection[bytes] = ()
+    """To be compared later."""
     listing_cost_ns: int = 0
 
 
@@ -107,6 +111,8 @@ class Outcome(NamedTuple):
     round: Round
     stale: tuple[Stale, ...]
     damage: tuple[Stale, ...] = ()
+    listings: Collection[bytes] = ()
+    """Of directories, to be compared later."""
 
 
 def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] = (), thorough: bool = False) -> Outcome:
@@ -124,7 +130,8 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         methods = worth_trying(target, task, found, thorough=thorough)
         climb = Climb((), found.stale)
         if methods:
-            about = {**task.suspects, **{entry.path: ANYTHING for entry in (*task.stale, *found.stale)}}
+            known = {entry.path: ANYTHING for entry in task.stale}
+            about = {**{entry.path: ANYTHING for entry in found.stale}, **task.suspects, **known}
             ladder = Ladder(
                 actions_on(view, target, tools, around=around),
                 lambda new: _verify(view, about, task) if new is None else _verify_new(new, tools, about, task),
@@ -138,7 +145,8 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         # The view is closed, so a mount that was replaced may be gone now.
         clear_up(climb.replaced_by or target, tools.courier)
     new = tuple(entry for entry in damage if entry not in task.damage)
-    return Outcome(_outcome(target, task, found, climb, stale, untidy=untidy, new_damage=new), stale, damage)
+    round = _outcome(target, task, found, climb, stale, untidy=untidy, new_damage=new)
+    return Outcome(round, stale, damage, found.listings)
 
 
 def _damage(view: View, target: Target, task: Task, found: Finding, *, thorough: bool) -> tuple[Stale, ...]:
@@ -158,19 +166,29 @@ def _find(view: View, target: Target, task: Task, *, thorough: bool) -> Finding:
     if task.must_act:  # not asked where it makes no difference
         return Finding(_everything(view), is_news=True) if target.observe else Finding()
     old = {entry.path: ANYTHING for entry in task.stale}
-    known = tuple(view.stale(old, acted=True))
+    known = tuple(view.stale(old, acted=True)) if old else ()
     new = _new(view, target, task)
-    cost_ns = 0
-    if thorough and task.listings:
-        started_ns = time.thread_time_ns()
-        new |= {
-            path: Stale(path, "listing") for path in task.listings if path not in old and view.lists_otherwise(path)
-        }
-        cost_ns = time.thread_time_ns() - started_ns
+    listings, cost_ns = _listings(view, target, task)
+    if task.lists:
+        new |= {path: Stale(path, "listing") for path in listings if path not in old}
     stale = (*(entry for entry in known if entry.path not in new), *new.values())
     if thorough and stale and not new:
         stale = view.pinned(stale)
-    return Finding(stale, is_news=bool(new), listing_cost_ns=cost_ns)
+    return Finding(stale, bool(new), () if task.lists else listings, cost_ns)
+
+
+def _listings(view: View, target: Target, task: Task) -> tuple[list[bytes], int]:
+    """The directories whose listing is stale, if it is time to compare them, else those whose listing may be; and the CPU time
+    that it took."""
+    if len(target.layers) == 1:
+        return [], 0
+    started_ns = time.thread_time_ns()
+    touched = {path.rpartition(b"/")[0] for path, kinds in task.suspects.items() if kinds & STRUCTURE and path}
+    if task.lists:
+        found = [path for path in {*touched, *task.listings} if view.lists_otherwise(path)]
+    else:
+        found = [path for path in touched if view.may_list_from_memory(path)]
+    return found, time.thread_time_ns() - started_ns
 
 
 def _new(view: View, target: Target, task: Task) -> dict[bytes, Stale]:

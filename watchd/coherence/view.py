@@ -282,6 +282,15 @@ class View:
                         pending.append(path)
                 yield path, int(Kind.CREATE)
 
+    def may_list_from_memory(self, directory: bytes) -> bool:
+        """Whether a directory is cached and merged, so that its listing may be one that somebody has read. Raises LayerError,
+        OSError."""
+        descriptor = self._cached(directory)
+        if descriptor < 0:
+            return False
+        os.close(descriptor)
+        return self.union.is_merged(directory)
+
     def lists_otherwise(self, directory: bytes) -> bool:
         """Whether a directory that is cached and merged lists other names than its layers have. Raises LayerError, OSError.
 

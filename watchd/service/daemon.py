@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,9 @@ class Daemon:
         self._stop = asyncio.Event()
         self._look = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._rounds: deque[Round] = deque()
+        """What the engine's threads have told and is not recorded yet."""
+        self._rounds_told = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
@@ -227,12 +231,18 @@ class Daemon:
 
     def round(self, round: Round) -> None:
         """See `watchd.coherence.engine.Observer`; called in the engine's threads."""
+        self._rounds.append(round)
+        if self._rounds_told:
+            return
+        self._rounds_told = True
         with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near and the journal with it
-            self._loop.call_soon_threadsafe(self._take_in_round, round)
+            self._loop.call_soon_threadsafe(self._take_in_rounds)
 
-    def _take_in_round(self, round: Round) -> None:
-        self._layers.take_in()  # the changes that the round covers come first
-        self._record_round(round)
+    def _take_in_rounds(self) -> None:
+        self._rounds_told = False  # before it is empty, so that none is left behind
+        self._layers.take_in()  # the changes that the rounds cover come first
+        while self._rounds:
+            self._record_round(self._rounds.popleft())
 
     def _record_round(self, round: Round) -> None:
         self._metrics.verification(round.result)
