@@ -337,7 +337,7 @@ class Engine:
         outcome = self._work(mount, task, thorough=thorough)
         with self._condition:
             self._finish(mount, task, outcome)
-            if not thorough and self._delayed:  # in another thread than ours, which do not know what to wait for now
+            if not thorough and (self._ready or self._delayed):  # in another thread than ours, which do not know of it
                 self._condition.notify()
         return outcome.round
 
