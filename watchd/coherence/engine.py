@@ -133,7 +133,7 @@ class Engine:
         """Something to do: for the one thread that keeps watch."""
         self._reserve = threading.Condition(lock)
         """For the others that have nothing to do: somebody has to keep watch in the place of one that went to work."""
-        self._is_watched = False
+        self._is_watched, self._watched_until_ns = False, _NEVER
         self._over = threading.Condition(lock)
         """A round is over: for those who wait to settle, who must not take a thread's place in line."""
         self._mounts: dict[str, _Mount] = {}
@@ -381,17 +381,23 @@ class Engine:
 
     def _rest(self, now: int) -> None:
         """Keep watch until something is due, and let go of layers that were used; or wait until nobody keeps watch."""
+        due_ns = self._due(now)
         if self._is_watched:
+            if due_ns < self._watched_until_ns:  # who keeps watch does not know of it
+                self._condition.notify()
             self._reserve.wait()
             return
-        expiry = self._tools.handles.expire(now_ns=now)
-        due = [*self._delayed.values(), *([expiry] if expiry else [])]
+        self._is_watched, self._watched_until_ns = True, due_ns
+        self._condition.wait((due_ns - now) / 1e9 if due_ns != _NEVER else None)
+        self._is_watched = False
+
+    def _due(self, now: int) -> int:
+        """When there is something to do next, unless somebody asks for it before."""
+        due = [*self._delayed.values(), self._tools.handles.expire(now_ns=now) or _NEVER]
         if self._ready:  # until there is room
             room = (mount.begun_ns + age for mount in self._working for age in (self._brisk_ns, OVERDUE_NS + 1))
             due += [due_ns for due_ns in room if due_ns > now]
-        self._is_watched = True
-        self._condition.wait((min(due) - now) / 1e9 if due else None)
-        self._is_watched = False
+        return min(due)
 
     def _take(self, mount: _Mount, *, thorough: bool) -> Task:
         now = self._clock()
