@@ -73,3 +73,10 @@ def test_no_file_that_was_there_before_sync_is_missing_from_the_log(
 def _read(counter: bytes) -> int:
     with open(counter, "rb") as file:
         return int(file.read() or b"-1")
+
+
+def test_a_deadline_of_nothing_is_over_at_once(sandbox: Sandbox, daemon: Daemon) -> None:
+    sandbox.directory(b"low")
+    sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert daemon.verb("sync", "--timeout", "0").returncode == 3

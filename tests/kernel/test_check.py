@@ -213,6 +213,20 @@ def test_an_overlay_of_another_namespace_is_checked_too(sandbox: Sandbox, daemon
     assert checked.stale() == {"d/new": "missing", "d/file": "replaced", "d/program": "permission"}
 
 
+def test_without_arguments_the_namespaces_of_the_configuration_are_checked(sandbox: Sandbox, daemon: Daemon) -> None:
+    for name in (b"low", b"m", b"up", b"work"):
+        sandbox.directory(name)
+    low, up, work, m = (os.fsdecode(sandbox.path(name)) for name in (b"low", b"up", b"work", b"m"))
+    inmate = sandbox.inmate()
+    inmate.run(f"mount -t overlay overlay -o lowerdir={low},upperdir={up},workdir={work} {m}")
+    for namespaces, is_checked in (("all", True), ("host", False)):
+        daemon.configure(discovery={"namespaces": namespaces, "include": [m]})
+        found = [
+            mount["mount_points"][0]["path"] for mount in json.loads(daemon.verb("check", "--json").stdout)["mounts"]
+        ]
+        assert (m in found) is is_checked
+
+
 def test_metacopies_of_what_was_replaced_are_damage_with_a_word_on_what_to_do(sandbox: Sandbox, daemon: Daemon) -> None:
     low = sandbox.directory(b"low")
     write(low + b"/file", b"old")

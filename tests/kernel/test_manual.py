@@ -68,6 +68,8 @@ def test_a_layer_that_was_made_anew_is_shown_by_a_new_mount(sandbox: Sandbox, da
     os.rename(sandbox.path(b"low"), sandbox.path(b"away"))
     replace(sandbox.directory(b"low") + b"/new", b"new")
     assert daemon.verb("check", merged).returncode == 1
+    status, outcome = act(daemon, merged, "invalidate")
+    assert (status, outcome["result"]) == (1, "stale"), "it looked up anew what is as wrong as before"
     assert act(daemon, merged, "replace")[1]["result"] == "coherent"
     assert os.listdir(merged) == [b"new"]
     assert daemon.verb("check", merged).returncode == 0

@@ -198,6 +198,10 @@ BAD = [
     ("layers:\n- {path: /a, name: n}\n- {path: /b, name: n}", "3: layers[1].name: 'n' is given twice"),
     ("mounts: [{mode: observe}]", "1: mounts[0].match: is missing"),
     ("mounts: [{match: /a, after: reload}]", "1: mounts[0].after: expects a list, such as ['reload']"),
+    (
+        "mounts: [{match: /a, after: systemctl reload app}]",
+        "1: mounts[0].after: expects a list, such as ['systemctl', 'reload', 'app']",
+    ),
     ("mounts: [{match: /a, after: ['']}]", "1: mounts[0].after[0]: '' is empty"),
     (
         "mounts: [{match: /a, after: [bin/x]}]",

@@ -213,7 +213,7 @@ def test_at_the_deadline_it_is_ended_and_said(tmp_path: Path, caplog: pytest.Log
         assert stage.results() == {"timeout": 1}
 
     play(tmp_path, story)
-    assert "0:45: `after` sh for 1 paths was ended at its deadline of 100ms" in caplog.text
+    assert "0:45: `after` sh for 1 path was ended at its deadline of 100ms" in caplog.text
 
 
 def test_a_stop_ends_what_runs_and_begins_nothing(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from watchd.cli.options import config_option, json_option, mount_patterns
+from watchd.cli.options import config_option, json_option, mount_patterns, require_root
 from watchd.cli.render import echo_json, is_sound, mount_point_of, printable, stale_lines
 from watchd.config import load
-from watchd.errors import NotPermittedError
 
 if TYPE_CHECKING:
     from watchd.coherence.audit import Progress
@@ -38,8 +37,7 @@ def check(mounts: tuple[str, ...], as_json: bool, config_file: Path | None) -> i
     name that no layer has any more is found only if a process uses it. MOUNT is a mount point, a major:minor or a glob;
     without any it is all that the configuration selects. The daemon is not needed.
     """
-    if os.geteuid() != 0:
-        raise NotPermittedError("auditing a mount needs to look into all of its layers", remedy="run it as root")
+    require_root("auditing a mount needs to look into all of its layers")
     with _progress(wanted=sys.stderr is not None and sys.stderr.isatty()) as bar:
         reports = list(_reports(mount_patterns(mounts), config_file, bar))
     if as_json:
@@ -61,7 +59,7 @@ def _reports(patterns: list[str], config_file: Path | None, bar: Bar) -> Iterato
     discovery = load(config_file).config.discovery
     courier, handles = Courier(), Handles()
     try:
-        for target in targets(patterns, courier, include=discovery.include, exclude=discovery.exclude):
+        for target in targets(patterns, courier, discovery=discovery):
             assert target.overlay is not None
             found = audit(target, handles, progress=bar(_shown(target)))
             handles.expire()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from watchd.cli.options import config_option, json_option, mount_patterns
+from watchd.cli.options import config_option, json_option, mount_patterns, require_root
 from watchd.cli.render import echo_json, printable, stale_line
 from watchd.config.schema import LADDER
 
@@ -24,6 +24,7 @@ def invalidate(mounts: tuple[str, ...], method: str, as_json: bool, config_file:
     Prints for each mount what was done and whether it helped; exit status 1 if any is still stale. MOUNT is a mount point, a
     major:minor or a glob. The daemon is not needed.
     """
+    require_root("acting on a mount needs to get hold of it and of its layers")
     # Imported here because the other verbs need nothing of it.
     from watchd.coherence.manual import invalidate as act
 

@@ -12,6 +12,7 @@ import click
 
 from watchd import client
 from watchd.config import load
+from watchd.errors import NotPermittedError
 
 ANSWER_TIMEOUT_SECONDS = 30.0
 """How long the daemon may take to answer something that needs no waiting."""
@@ -42,6 +43,12 @@ def ask_daemon(
     """The answer of the daemon that the configuration leads to. Raises what `load` and `client.request` raise."""
     directory = load(config_file).config.runtime_directory
     return client.request(directory, verb, timeout=timeout, arguments=arguments)
+
+
+def require_root(why: str) -> None:
+    """Raises NotPermittedError, with a sentence on what root is needed for, for whoever is not root."""
+    if os.geteuid() != 0:
+        raise NotPermittedError(why, remedy="run it as root")
 
 
 def mount_patterns(arguments: Iterable[str]) -> list[str]:

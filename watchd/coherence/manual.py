@@ -64,6 +64,9 @@ def _act(target: Target, method: str, tools: Tools) -> dict[str, Any]:
 
 def _climb(target: Target, method: str, tools: Tools, before: Sequence[Stale]) -> Climb:
     def verify(new: Target | None) -> tuple[Stale, ...]:
+        if new is None:  # what is not cached cannot be compared, so whether it helped shows only once it is looked up
+            for entry in before:
+                view.look_up(entry.path)
         after = audit(new or target, tools.handles)
         if after.error:
             raise MountError(after.error)

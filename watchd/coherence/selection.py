@@ -6,19 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of
+from watchd.config import schema as config
 from watchd.errors import UsageError
 from watchd.kernel.namespaces import Courier
 from watchd.overlay.discovery import discover, is_selected, matches
 from watchd.overlay.layers import resolve
 from watchd.overlay.model import Overlay, ResolvedStack, device_name, device_number
 
+DEFAULT = config.Discovery()
 
-def targets(
-    patterns: Sequence[str], courier: Courier, *, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()
-) -> Iterator[Target]:
+
+def targets(patterns: Sequence[str], courier: Courier, *, discovery: config.Discovery = DEFAULT) -> Iterator[Target]:
     """The overlays of all namespaces that a pattern matches; their layers are looked up one by one.
 
-    Without patterns it is those that `include` and `exclude` let through, as in the configuration.
+    Without patterns it is those that `discovery` selects, as the daemon does.
 
     Raises UsageError for a pattern that matches nothing.
     """
@@ -27,14 +28,18 @@ def targets(
         if not any(matches(overlay, pattern) for overlay in overlays):
             raise UsageError(f"no overlay mount matches {pattern!r}", remedy="see `findmnt -t overlay`")
     devices = {overlay.device: overlay for overlay in overlays}
-    for overlay in overlays:
-        if (
-            any(matches(overlay, pattern) for pattern in patterns)
-            if patterns
-            else is_selected(overlay, include=include, exclude=exclude)
-        ):
-            stack = resolve(overlay, courier)
-            yield build_target(overlay, stack, courier, telling_overlays=_telling(stack, devices, courier))
+    if patterns:
+        wanted = [overlay for overlay in overlays if any(matches(overlay, pattern) for pattern in patterns)]
+    else:
+        wanted = _selected(discovery, overlays)
+    for overlay in wanted:
+        stack = resolve(overlay, courier)
+        yield build_target(overlay, stack, courier, telling_overlays=_telling(stack, devices, courier))
+
+
+def _selected(discovery: config.Discovery, overlays: Sequence[Overlay]) -> list[Overlay]:
+    known = overlays if discovery.namespaces == "all" else discover(discovery.namespaces).overlays
+    return [overlay for overlay in known if is_selected(overlay, include=discovery.include, exclude=discovery.exclude)]
 
 
 def _telling(stack: ResolvedStack, overlays: Mapping[str, Overlay], courier: Courier) -> set[int]:

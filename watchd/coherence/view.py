@@ -243,6 +243,12 @@ class View:
         descriptor = self._cached(path)
         return descriptor if descriptor >= 0 else None
 
+    def look_up(self, path: bytes) -> None:
+        """Have the merged mount look for a name and so cache what it finds, or that it finds nothing. Raises OSError."""
+        descriptor = self._find(path)
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def _object(self, path: bytes) -> tuple[int, int] | None:
         descriptor = self._cached(path)
         if descriptor < 0:

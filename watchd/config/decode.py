@@ -72,7 +72,9 @@ def _decode_section(kind: type[_Struct], node: Node, key: str) -> _Struct:
 
 def _decode_list(kind: Any, node: Node, key: str) -> tuple[Any, ...]:
     if not isinstance(node.content, list):
-        given = f", such as [{quoted(node.content)}]" if isinstance(node.content, str) else ", not a mapping"
+        # Who writes a command as one string means its words: as one name it would be accepted and never run.
+        words = ", ".join(map(quoted, node.content.split() or [""])) if isinstance(node.content, str) else ""
+        given = f", such as [{words}]" if words else ", not a mapping"
         raise _wrong(node, key, f"expects a list{given}")
     entry_kind = get_args(kind)[0]
     return tuple(decode(entry_kind, child, f"{key}[{index}]") for index, child in enumerate(node.content))

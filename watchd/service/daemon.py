@@ -445,7 +445,7 @@ def _sync_arguments(request: Mapping[str, Any]) -> tuple[list[str], float]:
     timeout_s = request.get("timeout", SYNC_TIMEOUT_S)
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise UsageError("sync: `mounts` must be a list of strings")
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= 86_400:
+    if not isinstance(timeout_s, int | float) or not 0 <= timeout_s <= 86_400:
         raise UsageError("sync: `timeout` must be a number of seconds, at most a day")
     return patterns, float(timeout_s)
 

@@ -234,8 +234,10 @@ _ENDINGS = {
 def _tell(target: Target, rule: MountRule, ended: Ended, paths: int) -> None:
     level = logging.INFO if ended.result == "ok" else logging.WARNING
     how = _ENDINGS[ended.result].format(ended.status, rule.after_timeout)
-    words = "%s: `after` %s for %d paths %s, after %.3f s"
-    log.log(level, words, target.device, shown(rule.after[0]), paths, how, ended.duration_s)
+    of = "1 path" if paths == 1 else f"{paths} paths"
+    log.log(
+        level, "%s: `after` %s for %s %s, after %.3f s", target.device, shown(rule.after[0]), of, how, ended.duration_s
+    )
 
 
 class Allowance:

@@ -66,9 +66,10 @@ def test_a_mount_is_pinned_only_if_all_that_is_stale_is_held(outcome: Outcome, s
     assert outcome.state == state
 
 
-def test_who_is_not_root_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", [("check",), ("invalidate", "/srv")])
+def test_who_is_not_root_is_told_so(verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    done = CliRunner().invoke(cli.main, ["check"])
+    done = CliRunner().invoke(cli.main, verb)
     assert done.exit_code == 77
     assert done.stderr.endswith("run it as root\n")
 
