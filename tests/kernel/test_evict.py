@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Require
-from tests.kernel.accidents import NOT_UTF8, write
+from tests.kernel.accidents import NOT_UTF8, populate, write
 from tests.kernel.accidents import replace as swap
 from tests.kernel.images import WRITABLE, Images, has_tools_for
 from tests.kernel.running import Daemon
@@ -1104,3 +1104,20 @@ def test_the_daemon_heals_a_library_that_is_mapped_and_nobody_who_reads_it_notic
     mapping.close()
     changed = {record["path"] for record in daemon.log() if record["type"] == "change"}
     assert changed <= {"lib/c.so", "lib/c.so.tmp", "lib"}, "its own doing is no change"
+
+
+def test_a_directory_that_an_eviction_needed_goes_though_somebody_looked_at_it(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    low = sandbox.directory(b"low")
+    populate(low)
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.configure(coherence={"actions": ["invalidate", "evict"]})
+    daemon.start()
+    with held(merged + b"/d/dir/a"):
+        swap(low + b"/d/dir/a", b"new")
+        assert daemon.sync(merged) == []
+        assert os.listdir(sandbox.path(b"up")) == [b"d"], "it has to stay while what is below is in use"
+    os.stat(merged + b"/d/dir/b")
+    assert daemon.sync(merged) == []
+    assert os.listdir(sandbox.path(b"up")) == []
