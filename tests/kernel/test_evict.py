@@ -26,9 +26,13 @@ from tests.kernel.images import WRITABLE, Images, has_tools_for
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_BIND, MS_RDONLY, MS_REMOUNT, Sandbox, mount
 from watchd.coherence import husk, standin
+from watchd.coherence.actions import Tools
+from watchd.coherence.damage import Window, find_damage
+from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.evict import evict, tidy
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
+from watchd.coherence.round import Task, work
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target
 from watchd.coherence.view import Stale, View
@@ -1056,6 +1060,60 @@ def test_a_copy_that_is_read_without_end_stands_in_until_it_is_let_go(
         os.close(reader)
     assert m.tidy() == {}
     assert m.upper() == before
+
+
+def test_what_somebody_looks_up_between_two_copies_and_holds_is_replaced_too(
+    m: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overlay has forgotten the first copy, so there is nothing of the upper that the second could take the place of."""
+    before = m.upper()
+    drop = standin.StandIn._drop
+    holders: list[int] = []
+
+    def change_again(self: standin.StandIn) -> None:
+        drop(self)
+        if not holders:
+            holders.append(os.open(m.merged + b"/d/file", os.O_RDONLY))
+            swap(m.low + b"/d/file", b"newer")
+
+    monkeypatch.setattr(standin.StandIn, "_drop", change_again)
+    with held(m.merged + b"/d/file"):
+        swap(m.low + b"/d/file", b"new")
+        assert m.evict(b"d/file") == {}
+        assert read(m.merged + b"/d/file") == b"newer"
+    assert os.read(holders[0], 10) == b"new"
+    os.close(holders[0])
+    assert m.upper() == before
+
+
+def test_a_copy_that_has_to_stand_in_is_known_to_be_one(m: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise nobody would come back for it, and it would be called damage."""
+    before = m.upper()
+    exchange = standin.StandIn._exchange
+    readers: list[int] = []
+
+    def read_at_once(self: standin.StandIn, note: Any, occupant: Any) -> Any:
+        note = exchange(self, note, occupant)
+        readers.append(os.open(m.merged + b"/d/file", os.O_RDONLY))
+        return note
+
+    target = replace(m.target, actions=("invalidate", "evict"))
+    tools = Tools(Handles(), Courier(), DropCaches(0))
+    with held(m.merged + b"/d/file"):
+        swap(m.low + b"/d/file", b"new")
+        monkeypatch.setattr(standin.StandIn, "_exchange", read_at_once)
+        outcome = work(target, Task({b"d/file": STRUCTURE}), tools, thorough=True)
+        assert outcome.round.untidy == (b"d/file",)
+        monkeypatch.undo()
+    with m.view() as view:
+        assert find_damage(view, [], windows={b"d/file": Window(0)}) == []
+    for reader in readers:
+        os.close(reader)
+    outcome = work(target, Task({}, untidy=outcome.round.untidy, recheck=True), tools, thorough=True)
+    assert outcome.round.untidy == ()
+    assert m.upper() == before
+    tools.handles.expire()
+    tools.courier.close()
 
 
 def test_a_watch_that_remembers_the_upper_directory_keeps_it(m: Mounted) -> None:
