@@ -1135,6 +1135,31 @@ def test_a_watch_that_remembers_the_upper_directory_keeps_it(m: Mounted) -> None
 # ---- by the daemon --------------------------------------------------------------------------------------------------
 
 
+def test_a_directory_that_everybody_looks_into_and_nobody_holds_does_not_stay_in_the_upper(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    """It would hide what becomes of the lower one's permissions."""
+    low = sandbox.directory(b"low")
+    os.mkdir(low + b"/d")
+    write(low + b"/d/file", b"old")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.configure(coherence={"actions": ["invalidate", "evict"]})
+    daemon.start()
+    with held(merged + b"/d/file"):
+        swap(low + b"/d/file", b"new")
+        assert daemon.sync() == []
+        actions = daemon.actions(merged)
+        assert daemon.sync() == []
+        assert os.listdir(sandbox.path(b"up")) == [b"d"], "a file in it is held"
+        assert daemon.actions(merged) == actions
+    assert read(merged + b"/d/file") == b"new"
+    assert daemon.sync() == []
+    assert os.listdir(sandbox.path(b"up")) == []
+    os.chmod(low + b"/d", 0o700)
+    assert daemon.sync() == []
+    assert stat.S_IMODE(os.stat(merged + b"/d").st_mode) == 0o700
+
+
 def test_the_daemon_heals_a_library_that_is_mapped_and_nobody_who_reads_it_notices(
     sandbox: Sandbox, daemon: Daemon
 ) -> None:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable
 
 from watchd.coherence.invalidate import invalidate
-from watchd.coherence.view import View
+from watchd.coherence.view import Stale, View
 from watchd.errors import RefusedError
 from watchd.kernel.files import O_PATH_NOFOLLOW, openat2
 from watchd.overlay.upper import Note, Upper, directories_below, holds_only_directories
@@ -45,6 +45,15 @@ def _check(view: View, directory: bytes) -> None:
     expected = view.union.lookup(directory)
     if expected is None or not expected.is_dir or any(view.stale({directory: 0}, acted=True)):
         raise RefusedError(f"the directory {os.fsdecode(directory)!r} that it is in is stale itself")
+
+
+def drop_idle(view: View, upper: Upper) -> None:
+    """Have the merged mount forget the husks that it has cached only because somebody looked there. Looks through all processes
+    if there are any. Raises MountError, OSError."""
+    husks = [note.path for note in upper.notes() if note.kind == "husk"]
+    cached = [Stale(path, "listing") for path in husks if view.cached_mode(path) is not None]
+    if cached and not all(entry.pinned_by for entry in view.pinned(cached)):
+        invalidate(view.merged, read_only=False)
 
 
 def settle_husks(view: View, upper: Upper) -> dict[bytes, str]:

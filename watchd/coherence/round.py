@@ -249,7 +249,7 @@ def _tidy(view: View, target: Target, task: Task, climb: Climb) -> Collection[by
     if target.observe or "evict" not in target.actions or not is_due:
         return task.untidy
     try:
-        return tuple(tidy(view))
+        return tuple(tidy(view, drop=task.recheck))
     except RefusedError:  # another watchd is at it
         return task.untidy or (b"",)
 
