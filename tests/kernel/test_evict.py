@@ -32,6 +32,7 @@ from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.evict import evict, tidy
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
+from watchd.coherence.replace import replace as replace_mount
 from watchd.coherence.round import Task, work
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target
@@ -1114,6 +1115,19 @@ def test_a_copy_that_has_to_stand_in_is_known_to_be_one(m: Mounted, monkeypatch:
     assert m.upper() == before
     tools.handles.expire()
     tools.courier.close()
+
+
+def test_who_works_in_a_mount_that_was_replaced_keeps_the_upper_directory(m: Mounted, courier: Courier) -> None:
+    """The new mount knows nothing of him, and without it he could make nothing any more."""
+    directory = os.open(m.merged + b"/only/lower", os.O_RDONLY)
+    with held(m.merged + b"/only/lower/file"):
+        swap(m.low + b"/only/lower/file", b"new")
+        assert m.evict(b"only/lower/file") == {}
+    new = Mounted(m.merged, m.low, m.up, replace_mount(m.target, courier))
+    assert new.tidy() != {}
+    os.close(os.open("mine", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+    os.close(directory)
+    assert os.path.exists(m.merged + b"/only/lower/mine")
 
 
 def test_a_watch_that_remembers_the_upper_directory_keeps_it(m: Mounted) -> None:

@@ -52,7 +52,7 @@ def drop_idle(view: View, upper: Upper) -> None:
     if there are any. Raises MountError, OSError."""
     husks = [note.path for note in upper.notes() if note.kind == "husk"]
     cached = [Stale(path, "listing") for path in husks if view.cached_mode(path) is not None]
-    if cached and not all(entry.pinned_by for entry in view.pinned(cached)):
+    if cached and not upper.serves_a_replaced_mount() and not all(entry.pinned_by for entry in view.pinned(cached)):
         invalidate(view.merged, read_only=False)
 
 
@@ -60,7 +60,9 @@ def settle_husks(view: View, upper: Upper) -> dict[bytes, str]:
     """Take away those that nobody uses any more; returns the others with the reason. Raises MountError, OSError."""
     notes = upper.notes()
     busy = {note.path for note in notes if note.kind != "husk"}
-    stays = {}
+    stays: dict[bytes, str] = {}
+    if any(note.kind == "husk" for note in notes) and upper.serves_a_replaced_mount():
+        return {note.path: IN_USE for note in notes if note.kind == "husk"}  # what that one has cached cannot be seen
     for note in notes:
         if note.kind == "husk" and (_holds_any(note.path, busy) or not _settle(view, upper, note)):
             stays[note.path] = IN_USE
