@@ -108,6 +108,7 @@ def test_a_name_that_is_replaced_through_the_merged_mount_and_taken_out_of_the_u
     )
     plain = sandbox.overlay(b"plain", b"lower", upper=b"plain.upper")
     daemon.start()
+    daemon.sync()
     before = daemon.actions(plain)
     for merged, upper in ((plain, b"plain.upper"), (inner, b"upper")):
         write(merged + b"/.temporary", b"lower")

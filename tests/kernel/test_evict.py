@@ -26,9 +26,14 @@ from tests.kernel.images import WRITABLE, Images, has_tools_for
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_BIND, MS_RDONLY, MS_REMOUNT, Sandbox, mount
 from watchd.coherence import husk, standin
+from watchd.coherence.actions import Tools
+from watchd.coherence.damage import Window, find_damage
+from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.evict import evict, tidy
 from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
+from watchd.coherence.replace import replace as replace_mount
+from watchd.coherence.round import Task, work
 from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target
 from watchd.coherence.view import Stale, View
@@ -1058,6 +1063,73 @@ def test_a_copy_that_is_read_without_end_stands_in_until_it_is_let_go(
     assert m.upper() == before
 
 
+def test_what_somebody_looks_up_between_two_copies_and_holds_is_replaced_too(
+    m: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overlay has forgotten the first copy, so there is nothing of the upper that the second could take the place of."""
+    before = m.upper()
+    drop = standin.StandIn._drop
+    holders: list[int] = []
+
+    def change_again(self: standin.StandIn) -> None:
+        drop(self)
+        if not holders:
+            holders.append(os.open(m.merged + b"/d/file", os.O_RDONLY))
+            swap(m.low + b"/d/file", b"newer")
+
+    monkeypatch.setattr(standin.StandIn, "_drop", change_again)
+    with held(m.merged + b"/d/file"):
+        swap(m.low + b"/d/file", b"new")
+        assert m.evict(b"d/file") == {}
+        assert read(m.merged + b"/d/file") == b"newer"
+    assert os.read(holders[0], 10) == b"new"
+    os.close(holders[0])
+    assert m.upper() == before
+
+
+def test_a_copy_that_has_to_stand_in_is_known_to_be_one(m: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise nobody would come back for it, and it would be called damage."""
+    before = m.upper()
+    exchange = standin.StandIn._exchange
+    readers: list[int] = []
+
+    def read_at_once(self: standin.StandIn, note: Any, occupant: Any) -> Any:
+        note = exchange(self, note, occupant)
+        readers.append(os.open(m.merged + b"/d/file", os.O_RDONLY))
+        return note
+
+    target = replace(m.target, actions=("invalidate", "evict"))
+    tools = Tools(Handles(), Courier(), DropCaches(0))
+    with held(m.merged + b"/d/file"):
+        swap(m.low + b"/d/file", b"new")
+        monkeypatch.setattr(standin.StandIn, "_exchange", read_at_once)
+        outcome = work(target, Task({b"d/file": STRUCTURE}), tools, thorough=True)
+        assert outcome.round.untidy == (b"d/file",)
+        monkeypatch.undo()
+    with m.view() as view:
+        assert find_damage(view, [], windows={b"d/file": Window(0)}) == []
+    for reader in readers:
+        os.close(reader)
+    outcome = work(target, Task({}, untidy=outcome.round.untidy, recheck=True), tools, thorough=True)
+    assert outcome.round.untidy == ()
+    assert m.upper() == before
+    tools.handles.expire()
+    tools.courier.close()
+
+
+def test_who_works_in_a_mount_that_was_replaced_keeps_the_upper_directory(m: Mounted, courier: Courier) -> None:
+    """The new mount knows nothing of him, and without it he could make nothing any more."""
+    directory = os.open(m.merged + b"/only/lower", os.O_RDONLY)
+    with held(m.merged + b"/only/lower/file"):
+        swap(m.low + b"/only/lower/file", b"new")
+        assert m.evict(b"only/lower/file") == {}
+    new = Mounted(m.merged, m.low, m.up, replace_mount(m.target, courier))
+    assert new.tidy() != {}
+    os.close(os.open("mine", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+    os.close(directory)
+    assert os.path.exists(m.merged + b"/only/lower/mine")
+
+
 def test_a_watch_that_remembers_the_upper_directory_keeps_it(m: Mounted) -> None:
     """Without it a lookup would say ESTALE for as long as the watch is there."""
     before = m.upper()
@@ -1075,6 +1147,31 @@ def test_a_watch_that_remembers_the_upper_directory_keeps_it(m: Mounted) -> None
 
 
 # ---- by the daemon --------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_everybody_looks_into_and_nobody_holds_does_not_stay_in_the_upper(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    """It would hide what becomes of the lower one's permissions."""
+    low = sandbox.directory(b"low")
+    os.mkdir(low + b"/d")
+    write(low + b"/d/file", b"old")
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.configure(coherence={"actions": ["invalidate", "evict"]})
+    daemon.start()
+    with held(merged + b"/d/file"):
+        swap(low + b"/d/file", b"new")
+        assert daemon.sync() == []
+        actions = daemon.actions(merged)
+        assert daemon.sync() == []
+        assert os.listdir(sandbox.path(b"up")) == [b"d"], "a file in it is held"
+        assert daemon.actions(merged) == actions
+    assert read(merged + b"/d/file") == b"new"
+    assert daemon.sync() == []
+    assert os.listdir(sandbox.path(b"up")) == []
+    os.chmod(low + b"/d", 0o700)
+    assert daemon.sync() == []
+    assert stat.S_IMODE(os.stat(merged + b"/d").st_mode) == 0o700
 
 
 def test_the_daemon_heals_a_library_that_is_mapped_and_nobody_who_reads_it_notices(

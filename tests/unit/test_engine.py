@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -121,6 +122,11 @@ class Stage:
         for call in self._begun:
             call.end()
         self.engine.close()
+
+    def is_watched(self) -> bool:
+        """Whether a thread waits for something to be due."""
+        with self.engine._condition:
+            return self.engine._is_watched
 
     def nothing_under_way(self) -> bool:
         return self._calls.empty()
@@ -458,6 +464,19 @@ def test_what_stays_stale_is_looked_at_again_ever_less_often(stage: Stage) -> No
     state = stage.engine.state("0:1")
     assert state is not None
     assert (state.state, state.stale) == ("stale", (Stale(b"pinned", "ghost"),))
+
+
+def test_who_keeps_watch_learns_of_what_another_thread_has_put_off(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.keep()
+    monkeypatch.setattr(stage.engine, "_clock", time.monotonic_ns)  # nobody sets it forward, so nobody is woken by that
+    stage.engine.doubt(["0:1"])
+    call = stage.next()
+    while not stage.is_watched():  # by a thread that knows of nothing that is due
+        os.sched_yield()
+    call.end(b"pinned")
+    stage.next().end()  # comes by itself
 
 
 def test_once_it_was_let_go_it_is_left_alone(stage: Stage) -> None:

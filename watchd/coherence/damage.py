@@ -34,6 +34,7 @@ from watchd.errors import WireError
 from watchd.kernel.files import FileHandle, open_by_handle_at, try_openat2
 from watchd.kernel.statx import birth_time_ns
 from watchd.overlay.access import handle_of
+from watchd.overlay.replica import is_replica_at
 from watchd.overlay.union import Union
 from watchd.wire.handles import parse_origin
 
@@ -256,6 +257,8 @@ class Examiner:
             is_whiteout = (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0) or "whiteout" in marks
             if stat.S_ISDIR(status.st_mode) or (window is None and (is_whiteout or not marks & {"origin", "metacopy"})):
                 return ""
+            if is_replica_at(descriptor):
+                return ""  # of what the lower had, put there by watchd, and it goes again
             evidence = self._gather(path, descriptor, status, marks, is_whiteout=is_whiteout)
             return judge(evidence, window)
         finally:

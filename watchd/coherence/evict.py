@@ -32,7 +32,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from watchd.coherence.husk import provide_directory, settle_husks
+from watchd.coherence.husk import drop_idle, provide_directory, settle_husks
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.standin import StandIn
 from watchd.coherence.swap import Occupant, clear_temporary, merged_directory, unlink_temporary
@@ -64,9 +64,10 @@ def evict(view: View, stale: Sequence[Stale]) -> dict[bytes, str]:
             upper.forget_aside()
 
 
-def tidy(view: View) -> dict[bytes, str]:
+def tidy(view: View, *, drop: bool = False) -> dict[bytes, str]:
     """End or take back what an earlier eviction left, and take away what is no longer in use.
 
+    `drop`: what is cached only because somebody looked there is not in use; telling that takes an invalidation.
     Returns what has to stay for now, with the reason. Costs a few system calls when there is nothing. Raises MountError,
     LayerError, OSError.
     """
@@ -74,6 +75,8 @@ def tidy(view: View) -> dict[bytes, str]:
         return {}
     with _open(view) as upper:
         try:
+            if drop:
+                drop_idle(view, upper)
             return _tidy(view, upper)
         finally:
             upper.forget_aside()

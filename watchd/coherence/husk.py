@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable
 
 from watchd.coherence.invalidate import invalidate
-from watchd.coherence.view import View
+from watchd.coherence.view import Stale, View
 from watchd.errors import RefusedError
 from watchd.kernel.files import O_PATH_NOFOLLOW, openat2
 from watchd.overlay.upper import Note, Upper, directories_below, holds_only_directories
@@ -47,11 +47,22 @@ def _check(view: View, directory: bytes) -> None:
         raise RefusedError(f"the directory {os.fsdecode(directory)!r} that it is in is stale itself")
 
 
+def drop_idle(view: View, upper: Upper) -> None:
+    """Have the merged mount forget the husks that it has cached only because somebody looked there. Looks through all processes
+    if there are any. Raises MountError, OSError."""
+    husks = [note.path for note in upper.notes() if note.kind == "husk"]
+    cached = [Stale(path, "listing") for path in husks if view.cached_mode(path) is not None]
+    if cached and not upper.serves_a_replaced_mount() and not all(entry.pinned_by for entry in view.pinned(cached)):
+        invalidate(view.merged, read_only=False)
+
+
 def settle_husks(view: View, upper: Upper) -> dict[bytes, str]:
     """Take away those that nobody uses any more; returns the others with the reason. Raises MountError, OSError."""
     notes = upper.notes()
     busy = {note.path for note in notes if note.kind != "husk"}
-    stays = {}
+    stays: dict[bytes, str] = {}
+    if any(note.kind == "husk" for note in notes) and upper.serves_a_replaced_mount():
+        return {note.path: IN_USE for note in notes if note.kind == "husk"}  # what that one has cached cannot be seen
     for note in notes:
         if note.kind == "husk" and (_holds_any(note.path, busy) or not _settle(view, upper, note)):
             stays[note.path] = IN_USE

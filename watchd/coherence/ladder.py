@@ -51,6 +51,8 @@ class Climb:
     """Why nothing could be done at all."""
     refusals: tuple[str, ...] = ()
     """Of actions that did nothing."""
+    tried: tuple[str, ...] = ()
+    """The actions that were taken, those too that helped nothing and are no step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Ladder:
             untouched = all(step.result == "failed" for step in climb.steps)
             if climb.replaced_by is not None or not (climb.stale or (doubted and untouched)):
                 break
-            climb = self._take(method, climb)
+            climb = dataclasses.replace(self._take(method, climb), tried=(*climb.tried, method))
         errors = [step.error for step in climb.steps]
         return dataclasses.replace(climb, error=errors[0]) if errors and all(errors) else climb
 

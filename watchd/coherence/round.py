@@ -245,12 +245,11 @@ def worth_trying(target: Target, task: Task, found: Finding, *, thorough: bool) 
 
 def _tidy(view: View, target: Target, task: Task, climb: Climb) -> Collection[bytes]:
     """Take away what evicting left in the upper, also in an earlier life; returns where some of it has to stay."""
-    evicted = any(step.method == "evict" for step in climb.steps)
-    is_due = evicted or task.must_act or (task.untidy and task.recheck)
+    is_due = "evict" in climb.tried or task.must_act or (task.untidy and task.recheck)
     if target.observe or "evict" not in target.actions or not is_due:
         return task.untidy
     try:
-        return tuple(tidy(view))
+        return tuple(tidy(view, drop=task.recheck))
     except RefusedError:  # another watchd is at it
         return task.untidy or (b"",)
 

@@ -2,7 +2,9 @@
 
 Facts (measured)
 * rename through the merged mount wants the upper to have under the new name what the overlay thinks that it has (ESTALE
-  otherwise). So before another copy takes the place of one that is aside, that one is linked there, and stays aside.
+  otherwise). So before another copy takes the place of one that is aside, that one is linked there, and stays aside. Where the
+  overlay thinks that the upper has nothing, for it was dropped and what was looked up then is stale again, copying that up
+  says EEXIST, and it has to be without.
 * A lookup while all copies are aside finds the lower's.
 """
 
@@ -167,9 +169,7 @@ class StandIn:
             renameat2(upper.aside, note.id, directory, note.temporary)
             note = upper.advance(note, "shown")
             try:
-                if self._shown:
-                    os.link(self._shown[-1][0].id, self._name, src_dir_fd=upper.aside, dst_dir_fd=directory)
-                if occupant.exchange(merged, note, self._name):
+                if self._exchange_in(merged, directory, note, occupant):
                     return note
             except BaseException:
                 self._take_back(directory, note)
@@ -177,9 +177,23 @@ class StandIn:
             self._take_back(directory, note)
         return None
 
+    def _exchange_in(self, merged: int, directory: int, note: Note, occupant: Occupant) -> bool:
+        if not self._shown:
+            return occupant.exchange(merged, note, self._name)
+        os.link(self._shown[-1][0].id, self._name, src_dir_fd=self._upper.aside, dst_dir_fd=directory)
+        try:
+            return occupant.exchange(merged, note, self._name)
+        except FileExistsError:  # somebody holds what the lower had meanwhile
+            self._unlink(directory)
+        return occupant.exchange(merged, note, self._name)
+
     def _take_back(self, directory: int, note: Note) -> None:
         unlink_temporary(self._view, self._upper, note)
         self._upper.strike(note)
+        self._unlink(directory)
+
+    def _unlink(self, directory: int) -> None:
+        """Take away the link of the last copy."""
         if self._shown:
             status = self._upper.status(self._path)
             if status is not None and status.st_ino == self._shown[-1][1].inode:

@@ -49,7 +49,7 @@ from watchd.overlay.model import ResolvedStack, device_number, split_lowerdir, u
 
 _SAID_BY_KERNEL = frozenset({b"rw", b"seclabel"})
 _WORK = b"work"
-_ASIDE = b"watchd-replaced-"
+REPLACED = b"watchd-replaced-"
 _ASIDE_NAME = re.compile(r"watchd-replaced-(\d+:\d+)(?:\.\d+)?")
 _SPECIAL = re.compile(rb"([:\\,])")
 
@@ -221,7 +221,7 @@ def _set_aside(what: Recipe) -> bytes:
             status = os.stat(_WORK, dir_fd=workdir, follow_symlinks=False)
             if stat.S_IMODE(status.st_mode) or not stat.S_ISDIR(status.st_mode):
                 raise RefusedError(f"{os.fsdecode(what.workdir)} is not the work directory of an overlay any more")
-            aside = _free_name(workdir, _ASIDE + what.predecessor.encode())
+            aside = _free_name(workdir, REPLACED + what.predecessor.encode())
             os.rename(_WORK, aside, src_dir_fd=workdir, dst_dir_fd=workdir)
             return aside
     except OSError as error:

@@ -84,6 +84,13 @@ def is_replica(directory: int, name: bytes) -> bool:
     return _mark(directory, name) is not None
 
 
+def is_replica_at(descriptor: int) -> bool:
+    """The same of a file or symlink that is open by O_PATH; what has no xattrs is none."""
+    with contextlib.suppress(OSError):
+        return MARK in os.listxattr(_self(descriptor))
+    return False
+
+
 def disown(directory: int, name: bytes) -> None:
     """Take the mark off."""
     with contextlib.suppress(OSError):

@@ -32,6 +32,7 @@ from watchd.kernel.files import O_PATH_NOFOLLOW, openat2, renameat2, try_openat2
 from watchd.kernel.mounts import MOUNT_ATTR_RDONLY, mount_setattr
 from watchd.kernel.namespaces import Courier
 from watchd.overlay.access import clone_path, in_view, reason_of
+from watchd.overlay.build import REPLACED
 from watchd.overlay.model import Overlay, ResolvedStack
 
 ASIDE = b"watchd"
@@ -129,6 +130,14 @@ class Upper:
                     old, _, path = os.readlink(name, dir_fd=self.aside).partition(b"/")
                     found.append(Note(ident, kind.decode("ascii", "replace"), path, old))
         return found
+
+    def serves_a_replaced_mount(self) -> bool:
+        """Whether a mount that another one took the place of may still be in use, with this upper. Raises OSError."""
+        workdir = openat2(self._workdir, b".", flags=os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return any(os.fsencode(name).startswith(REPLACED) for name in os.listdir(workdir))
+        finally:
+            os.close(workdir)
 
     def _names_aside(self) -> list[bytes]:
         return sorted(os.fsencode(name) for name in os.listdir(self.aside))
