@@ -80,17 +80,9 @@ def _settle(view: View, upper: Upper, note: Note) -> bool:
     if status is None or not _is_empty(upper.root, note.path):
         upper.strike(note)  # somebody else's by now
         return True
-    if _is_in_use(view, note.path) or not upper.set_aside(note, inode=status.st_ino):
+    if view.cached_mode(note.path) is not None or not upper.set_aside(note, inode=status.st_ino):
         return False
     return _decide(view, upper, note)
-
-
-def _is_in_use(view: View, path: bytes) -> bool:
-    """Whether a directory is cached even though what is not in use was dropped."""
-    if view.cached_mode(path) is None:
-        return False
-    invalidate(view.merged, read_only=False)
-    return view.cached_mode(path) is not None
 
 
 def _decide(view: View, upper: Upper, note: Note) -> bool:
