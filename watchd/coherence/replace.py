@@ -36,6 +36,7 @@ from watchd.coherence.target import Target
 from watchd.coherence.targets import build_target, cache_tells, layers_of
 from watchd.errors import DeadlineError, MountError, RefusedError, WatchdError
 from watchd.kernel.capabilities import missing_capabilities
+from watchd.kernel.filesystems import OVERLAYFS_SUPER_MAGIC
 from watchd.kernel.mounts import has_move_mount_beneath
 from watchd.kernel.namespaces import Courier, mount_namespace, owning_user_namespace
 from watchd.kernel.statx import shown_mount_id
@@ -50,8 +51,6 @@ from watchd.overlay.swap import Kept, assemble, keep, remove, restore_parent, sw
 from watchd.overlay.trust import is_exposed
 
 T = TypeVar("T")
-
-_OVERLAYFS_SUPER_MAGIC = 0x794C7630
 
 
 def replace(target: Target, courier: Courier) -> Target:
@@ -270,7 +269,7 @@ def _telling(old: Target, stack: ResolvedStack) -> set[int]:
     return {
         layer.device
         for root, layer in zip(old.layers, layers_of(stack), strict=False)
-        if root.cache_tells and layer.magic == _OVERLAYFS_SUPER_MAGIC and not cache_tells(layer)
+        if root.cache_tells and layer.magic == OVERLAYFS_SUPER_MAGIC and not cache_tells(layer)
     }
 
 

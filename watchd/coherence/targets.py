@@ -9,6 +9,7 @@ from pathlib import Path
 
 from watchd.coherence.target import LayerRoot, Target
 from watchd.errors import MountError
+from watchd.kernel import filesystems
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.overlay.access import clone_directory, clone_mount
 from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedStack
@@ -16,12 +17,12 @@ from watchd.overlay.upper import open_upper
 
 CACHE_TELLS = frozenset(
     {
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # xfs
-        0x9123683E,  # btrfs
-        0x01021994,  # tmpfs
-        0x73717368,  # squashfs
-        0xE0F5E1E2,  # erofs
+        filesystems.EXT4_SUPER_MAGIC,
+        filesystems.XFS_SUPER_MAGIC,
+        filesystems.BTRFS_SUPER_MAGIC,
+        filesystems.TMPFS_MAGIC,
+        filesystems.SQUASHFS_MAGIC,
+        filesystems.EROFS_SUPER_MAGIC,
     }
 )
 """f_type of filesystems whose dentries are never revalidated, so that RESOLVE_CACHED finds what is cached. Held by a test for

@@ -1,7 +1,8 @@
 """What kind of filesystem a directory is on.
 
 Facts
-* `f_type` is the first word of struct statfs, a long on all 64-bit machines.
+* `f_type` is the first word of struct statfs, a long on all 64-bit machines; its values are those of
+  include/uapi/linux/magic.h.
 * FS_IOC_GETFSUUID (6.9) answers for every filesystem that has a uuid, ENOTTY where there is none or the kernel is older.
   It is an ioctl, so it wants a descriptor that is not O_PATH.
 * ustat(2) finds a superblock by its device number, mounted or not; EINVAL if there is none. The generic table of system calls
@@ -18,6 +19,19 @@ import platform
 import struct
 
 from watchd.kernel.libc import function, quiet_system_call
+
+EXT4_SUPER_MAGIC = 0xEF53
+"""Of ext2 and ext3 too."""
+XFS_SUPER_MAGIC = 0x58465342
+BTRFS_SUPER_MAGIC = 0x9123683E
+TMPFS_MAGIC = 0x01021994
+SQUASHFS_MAGIC = 0x73717368
+EROFS_SUPER_MAGIC = 0xE0F5E1E2
+FUSE_SUPER_MAGIC = 0x65735546
+OVERLAYFS_SUPER_MAGIC = 0x794C7630
+CGROUP_SUPER_MAGIC = 0x27E0EB
+CGROUP2_SUPER_MAGIC = 0x63677270
+NFS_SUPER_MAGIC = 0x6969
 
 _FS_IOC_GETFSUUID = 0x80111500
 _SIZE_OF_STATFS_BYTES = 256

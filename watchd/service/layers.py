@@ -30,6 +30,7 @@ from watchd.errors import LayerError, UnsupportedError, WatchdError
 from watchd.journal.format import LayerMark
 from watchd.journal.writer import Journal
 from watchd.kernel.files import FileHandle
+from watchd.kernel.filesystems import OVERLAYFS_SUPER_MAGIC
 from watchd.metrics import Metrics
 from watchd.overlay.model import LayerDirectory
 from watchd.records import Change, Desync, Kind, Resync, Via
@@ -61,8 +62,6 @@ restart scans from there."""
 MARKS_MAX = 1000
 """Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
 desync then stays open in the journal, which tells readers all the same."""
-
-OVERLAYFS_MAGIC = 0x794C7630
 
 SEQUENCES_KEPT = 4096
 
@@ -242,7 +241,7 @@ class LayerBook:
                 layer.worker = await self._start(layer, self._worker(backend, layer))
             except UnsupportedError as error:
                 layer.become("failed", str(error))
-                if layer.directory.magic == OVERLAYFS_MAGIC:
+                if layer.directory.magic == OVERLAYFS_SUPER_MAGIC:
                     break  # no inotify: its watches would pin what they watch in the inner overlay's cache
             except (WatchdError, OSError) as error:
                 layer.become("failed", str(error))
@@ -251,7 +250,7 @@ class LayerBook:
                 self._began(layer, started_ns)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
-        if layer.directory.magic != OVERLAYFS_MAGIC:  # the mount book knows better
+        if layer.directory.magic != OVERLAYFS_SUPER_MAGIC:  # the mount book knows better
             log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
 
     async def _start(self, layer: Layer, worker: Worker) -> Worker:

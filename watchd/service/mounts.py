@@ -21,6 +21,7 @@ from watchd.coherence.targets import build_target, cache_tells, layers_of, prima
 from watchd.config.schema import Config
 from watchd.config.schema import Layer as ConfiguredLayer
 from watchd.errors import WatchdError
+from watchd.kernel.filesystems import OVERLAYFS_SUPER_MAGIC
 from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.metrics import Metrics
 from watchd.overlay.access import clone_directory, clone_mount_of
@@ -29,7 +30,7 @@ from watchd.overlay.layers import look_up
 from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedStack, View, device_name, device_number
 from watchd.overlay.mountwatch import MountWatch
 from watchd.overlay.servers import Served, lies_on, served_mounts, servers_of, servers_on
-from watchd.service.layers import OVERLAYFS_MAGIC, STUCK_S, Key, Layer, LayerBook, key_of
+from watchd.service.layers import STUCK_S, Key, Layer, LayerBook, key_of
 from watchd.service.names import NameBook
 from watchd.service.patience import Patience, Waiting, in_thread
 from watchd.service.survey import Sighting, Survey, survey
@@ -296,7 +297,7 @@ class MountBook:
         around: dict[str, tuple[MountPoint, ...]] = {}
         for device, mount in self.mounts.items():
             for layer in mount.layers:
-                if layer.directory.magic != OVERLAYFS_MAGIC:
+                if layer.directory.magic != OVERLAYFS_SUPER_MAGIC:
                     continue
                 inner = self.mounts.get(device_name(layer.directory.device))
                 if inner is not None:

@@ -11,6 +11,7 @@ from watchd.coherence.engine import Engine
 from watchd.coherence.report import mount_report, name
 from watchd.coherence.view import Stale
 from watchd.journal.writer import Journal
+from watchd.kernel import filesystems
 from watchd.metrics import Snapshot
 from watchd.overlay.servers import servers_of
 from watchd.service.layers import Layer, LayerBook
@@ -18,17 +19,17 @@ from watchd.service.mounts import Mount, MountBook, layer_waiting
 from watchd.service.patience import Waiting
 
 FILESYSTEMS = {
-    0xEF53: "ext4",
-    0x58465342: "xfs",
-    0x9123683E: "btrfs",
-    0x01021994: "tmpfs",
-    0x73717368: "squashfs",
-    0xE0F5E1E2: "erofs",
-    0x65735546: "fuse",
-    0x794C7630: "overlay",
-    0x63677270: "cgroup2",
-    0x27E0EB: "cgroup",
-    0x6969: "nfs",
+    filesystems.EXT4_SUPER_MAGIC: "ext4",
+    filesystems.XFS_SUPER_MAGIC: "xfs",
+    filesystems.BTRFS_SUPER_MAGIC: "btrfs",
+    filesystems.TMPFS_MAGIC: "tmpfs",
+    filesystems.SQUASHFS_MAGIC: "squashfs",
+    filesystems.EROFS_SUPER_MAGIC: "erofs",
+    filesystems.FUSE_SUPER_MAGIC: "fuse",
+    filesystems.OVERLAYFS_SUPER_MAGIC: "overlay",
+    filesystems.CGROUP2_SUPER_MAGIC: "cgroup2",
+    filesystems.CGROUP_SUPER_MAGIC: "cgroup",
+    filesystems.NFS_SUPER_MAGIC: "nfs",
 }
 
 
