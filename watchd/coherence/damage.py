@@ -34,6 +34,7 @@ from watchd.errors import WireError
 from watchd.kernel.files import FileHandle, open_by_handle_at, try_openat2
 from watchd.kernel.statx import birth_time_ns
 from watchd.overlay.access import handle_of
+from watchd.overlay.marks import Marks, is_whiteout
 from watchd.overlay.replica import is_replica_at
 from watchd.overlay.union import Union
 from watchd.wire.handles import parse_origin
@@ -234,7 +235,7 @@ class Examiner:
         """`view` has an upper."""
         assert view.upper is not None
         self._view, self._upper = view, view.upper
-        self._prefix = "user.overlay." if view.target.userxattr else "trusted.overlay."
+        self._marks = Marks(userxattr=view.target.userxattr)
         roots = [view.union.root(layer) for layer in range(1, len(view.target.layers))]
         self._roots, self._lowers = roots, Union(roots, userxattr=view.target.userxattr)
         stack = view.target.stack
@@ -253,27 +254,27 @@ class Examiner:
             return ""
         try:
             status = os.stat(descriptor)
-            marks = self._marks(descriptor)
-            is_whiteout = (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0) or "whiteout" in marks
-            if stat.S_ISDIR(status.st_mode) or (window is None and (is_whiteout or not marks & {"origin", "metacopy"})):
+            marks = self._marks.of(descriptor)
+            hides = is_whiteout(status) or "whiteout" in marks
+            if stat.S_ISDIR(status.st_mode) or (window is None and (hides or not marks & {"origin", "metacopy"})):
                 return ""
             if is_replica_at(descriptor):
                 return ""  # of what the lower had, put there by watchd, and it goes again
-            evidence = self._gather(path, descriptor, status, marks, is_whiteout=is_whiteout)
+            evidence = self._gather(path, descriptor, status, marks, hides=hides)
             return judge(evidence, window)
         finally:
             os.close(descriptor)
 
     def _gather(
-        self, path: bytes, descriptor: int, status: os.stat_result, marks: set[str], *, is_whiteout: bool
+        self, path: bytes, descriptor: int, status: os.stat_result, marks: set[str], *, hides: bool
     ) -> Evidence:
         origin = self._origin(descriptor) if "origin" in marks else None
         lower = self._lower(self._view.union, path, under=1)
         evidence = Evidence(
-            is_whiteout=is_whiteout,
+            is_whiteout=hides,
             size=status.st_size,
             mtime_ns=status.st_mtime_ns,
-            born_ns=status.st_ctime_ns if is_whiteout else birth_time_ns(b"", descriptor),
+            born_ns=status.st_ctime_ns if hides else birth_time_ns(b"", descriptor),
             has_metacopy="metacopy" in marks,
             has_origin="origin" in marks,
             origin=origin,
@@ -281,7 +282,7 @@ class Examiner:
             content_is_known=not self._has_data_only,
         )
         if evidence.has_metacopy:
-            redirect = self._xattr(descriptor, "redirect") if "redirect" in marks else None
+            redirect = self._marks.value(descriptor, "redirect") if "redirect" in marks else None
             return msgspec.structs.replace(evidence, content=self._content(path, lower, redirect))
         if origin is None or lower is None or lower.handle == origin or status.st_nlink != 1:
             return evidence
@@ -330,23 +331,10 @@ class Examiner:
 
     def _origin(self, descriptor: int) -> FileHandle | None:
         try:
-            origin = parse_origin(self._xattr(descriptor, "origin") or b"")
+            origin = parse_origin(self._marks.value(descriptor, "origin") or b"")
         except WireError:
             return None
         return FileHandle(origin.type, origin.fid) if origin else None
-
-    def _marks(self, descriptor: int) -> set[str]:
-        try:
-            names = os.listxattr(b"/proc/self/fd/%d" % descriptor)
-        except OSError:
-            return set()
-        return {name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)}
-
-    def _xattr(self, descriptor: int, attribute: str) -> bytes | None:
-        try:
-            return os.getxattr(b"/proc/self/fd/%d" % descriptor, self._prefix + attribute)
-        except OSError:
-            return None
 
 
 def _times_on_the_way(root: int, path: bytes, expected: os.stat_result) -> int | None:

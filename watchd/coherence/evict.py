@@ -41,7 +41,8 @@ from watchd.coherence.targets import default_option
 from watchd.coherence.view import Stale, View
 from watchd.errors import LayerError, MountError, RefusedError
 from watchd.kernel.mounts import MOUNT_ATTR_RDONLY, mount_setattr
-from watchd.overlay.upper import Note, Upper, is_whiteout
+from watchd.overlay.marks import is_whiteout
+from watchd.overlay.upper import Note, Upper
 
 _UNSUPPORTED = ("index", "nfs_export")
 _ON = ("on", "Y")

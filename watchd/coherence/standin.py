@@ -19,6 +19,7 @@ from watchd.coherence.swap import Occupant, clear_temporary, merged_directory, u
 from watchd.coherence.view import View
 from watchd.errors import RefusedError
 from watchd.kernel.files import renameat2
+from watchd.overlay.marks import Marks
 from watchd.overlay.replica import Replica, disown, is_replica, is_untouched, make_replica
 from watchd.overlay.upper import Note, Upper
 
@@ -153,8 +154,8 @@ class StandIn:
             if source < 0:
                 raise RefusedError("it went meanwhile")
             limit_bytes = self._view.target.evict_limit_bytes
-            prefix = "user.overlay." if self._view.target.userxattr else "trusted.overlay."
-            return make_replica(source, self._upper.aside, note.id, limit_bytes=limit_bytes, private=prefix)
+            private = Marks(userxattr=self._view.target.userxattr).prefix
+            return make_replica(source, self._upper.aside, note.id, limit_bytes=limit_bytes, private=private)
         except BaseException:
             self._upper.strike(note)
             raise

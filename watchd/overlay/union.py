@@ -10,11 +10,8 @@ Facts (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c and readdir
   in all layers below from their roots, also in those that the parent does not consist of. The directories on its way are
   redirected and opaque in turn, except that an absolute redirect further on lifts an opaque one before it.
 * The root is made of the roots of all layers whatever their xattrs, and the last layer's xattrs are not asked for.
-* The xattrs live in trusted.*, with the option userxattr in user.*. They cannot be read through an O_PATH descriptor, but
-  through its /proc/self/fd link.
 * Data-only layers provide no names. A file with the xattr overlay.metacopy has its content in the first layer below that has
   the name without one; overlay.redirect names another one, and as a path from the root one in the data-only layers, too.
-
 * Directories list their entries with their types (d_type), so only character devices have to be looked at.
 
 Descriptors of directories are kept for the path last asked for and its ancestors only, so asking in sorted order is cheap and
@@ -33,6 +30,7 @@ from typing import NamedTuple
 
 from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, try_openat2
 from watchd.overlay.access import handle_of
+from watchd.overlay.marks import Marks, is_whiteout
 
 BATCH = 512
 """So many names of a directory are held at a time."""
@@ -98,7 +96,7 @@ class Union:
 
     def __init__(self, roots: Sequence[int], *, userxattr: bool = False) -> None:
         self._roots = roots
-        self._prefix = "user.overlay." if userxattr else "trusted.overlay."
+        self._marks = Marks(userxattr=userxattr)
         self._chain: list[_Directory] = []
 
     def close(self) -> None:
@@ -173,7 +171,7 @@ class Union:
         Of a directory of any size only a batch is held, and other paths may be asked for between two batches. Raises OSError.
         """
         members = self._members(path)
-        alone = len(members) == 1 and self._xattr(members[0].descriptor, "origin") is None
+        alone = len(members) == 1 and self._marks.value(members[0].descriptor, "origin") is None
         for position in range(len(members)):
             now = self._members(path)
             if position >= len(now):
@@ -181,7 +179,7 @@ class Union:
             listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=now[position].descriptor)
             try:
                 with os.scandir(listing) as entries:
-                    marked = self._xattr(listing, "opaque") == b"x"
+                    marked = self._marks.value(listing, "opaque") == b"x"
                     while found := list(itertools.islice(entries, BATCH)):
                         above = self._members(path)[:position]
                         yield [
@@ -208,7 +206,7 @@ class Union:
         if descriptor is None:
             return False
         try:
-            return "metacopy" in self._marks(descriptor)
+            return "metacopy" in self._marks.of(descriptor)
         finally:
             os.close(descriptor)
 
@@ -222,10 +220,10 @@ class Union:
             descriptor = _open(member.descriptor, name)
             if descriptor is None:
                 continue
-            marks = self._marks(descriptor)
+            marks = self._marks.of(descriptor)
             if "metacopy" not in marks:
                 return descriptor
-            redirect = self._xattr(descriptor, "redirect") if "redirect" in marks else None
+            redirect = self._marks.value(descriptor, "redirect") if "redirect" in marks else None
             os.close(descriptor)
             if redirect and redirect.startswith(b"/"):
                 return self._content_at(redirect.strip(b"/"), member.layer + 1, data_only)
@@ -233,7 +231,7 @@ class Union:
         return None
 
     def _content_at(self, path: bytes, layer: int, data_only: Sequence[int]) -> int | None:
-        below = Union(self._roots[layer:], userxattr=self._prefix.startswith("user."))
+        below = Union(self._roots[layer:], userxattr=self._marks.userxattr)
         try:
             found = below.content(path)
         finally:
@@ -318,11 +316,11 @@ class Union:
         """Heed the marks of a directory on the way; returns its position in the path, which a redirect changes."""
         if layer == len(self._roots) - 1:
             return position
-        marks = self._marks(descriptor)
-        if "opaque" in marks and self._xattr(descriptor, "opaque") == b"y":
+        marks = self._marks.of(descriptor)
+        if "opaque" in marks and self._marks.value(descriptor, "opaque") == b"y":
             search.stop = True
             return position
-        redirect = self._xattr(descriptor, "redirect") if "redirect" in marks else None
+        redirect = self._marks.value(descriptor, "redirect") if "redirect" in marks else None
         if not redirect:
             return position
         after = search.path[position + 1 :]
@@ -345,26 +343,11 @@ class Union:
         return Name(name, is_dir, listed=not self._is_whiteout(status, directory, name, by_xattr=marked))
 
     def _is_whiteout(self, status: os.stat_result, directory: int, name: bytes, *, by_xattr: bool = True) -> bool:
-        if stat.S_ISCHR(status.st_mode):
-            return status.st_rdev == 0
+        if is_whiteout(status):
+            return True
         if by_xattr and stat.S_ISREG(status.st_mode) and status.st_size == 0:
-            return self._xattr(directory, "whiteout", name) is not None
+            return self._marks.value(directory, "whiteout", name) is not None
         return False
-
-    def _marks(self, descriptor: int) -> set[str]:
-        """Which of overlay's xattrs a directory has."""
-        try:
-            names = os.listxattr(b"/proc/self/fd/%d" % descriptor)
-        except OSError:
-            return set()
-        return {name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)}
-
-    def _xattr(self, descriptor: int, attribute: str, name: bytes = b"") -> bytes | None:
-        path = b"/proc/self/fd/%d" % descriptor + (b"/" + name if name else b"")
-        try:
-            return os.getxattr(path, self._prefix + attribute, follow_symlinks=not name)
-        except OSError:
-            return None
 
 
 def _open(directory: int, name: bytes) -> int | None:

@@ -218,11 +218,6 @@ def describe(status: os.stat_result) -> bytes:
     return b".".join(b"%d" % fact for fact in facts)
 
 
-def is_whiteout(status: os.stat_result) -> bool:
-    """Whether it is what overlayfs leaves where it deleted something."""
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
-
-
 def holds_only_directories(parent: int, name: bytes) -> bool:
     """Whether there is nothing but directories below a directory. Raises OSError."""
     with _listed(parent, name) as (directory, names):
