@@ -14,7 +14,6 @@ Facts
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import stat
@@ -23,14 +22,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD, function, system_call
+from watchd.coherence.access import NOBODY
+from watchd.kernel.files import O_PATH_NOFOLLOW
+from watchd.kernel.libc import AT_FDCWD
+from watchd.kernel.mounts import AT_RECURSIVE, MS_PRIVATE, mount_setattr, move_mount
 from watchd.kernel.namespaces import CLONE_NEWNS, unshare
-
-NOBODY = 65534
-_PTRACE_TRACEME = 0
-_MOVE_MOUNT_F_EMPTY_PATH = 0x4
-_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
-_EXECVEAT = {"x86_64": 322, "aarch64": 281}.get(os.uname().machine, 281)
+from watchd.kernel.trace import execute, trace_me
 
 
 class Identity(NamedTuple):
@@ -83,13 +80,9 @@ class Prober:
 
 def _attach(clone: int) -> None:
     """Attach a detached mount in a mount namespace of our own; where does not matter, it is used by its descriptor."""
-    mount = function("mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
-    move_mount = system_call(
-        429, "move_mount", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
-    )
     unshare(CLONE_NEWNS)
-    mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-    move_mount(clone, b"", AT_FDCWD, b"/", _MOVE_MOUNT_F_EMPTY_PATH)
+    mount_setattr(AT_FDCWD, b"/", propagation=MS_PRIVATE, flags=AT_RECURSIVE)
+    move_mount(clone, AT_FDCWD, b"/")
 
 
 def _try(mount: int, path: bytes) -> Identity | None:
@@ -110,17 +103,13 @@ def _try(mount: int, path: bytes) -> Identity | None:
 
 def _execute(mount: int, path: bytes) -> None:
     """Be traced, be nobody, and stop at the first instruction of the program. Does not return."""
-    ptrace = function("ptrace", ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, restype=ctypes.c_long)
-    execveat = system_call(
-        _EXECVEAT, "execveat", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
-    )
     try:
-        program = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=mount)
-        ptrace(_PTRACE_TRACEME, 0, None, None)
+        program = os.open(path, O_PATH_NOFOLLOW, dir_fd=mount)
+        trace_me()
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        execveat(program, b"", (ctypes.c_char_p * 2)(b"program", None), (ctypes.c_char_p * 1)(None), AT_EMPTY_PATH)
+        execute(program, [b"program"])
     finally:
         os._exit(1)
 
