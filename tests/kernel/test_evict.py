@@ -909,7 +909,7 @@ def test_a_file_of_the_user_renamed_over_the_name_all_the_time_is_never_taken_aw
 
 # ---- killed at any step ---------------------------------------------------------------------------------------------
 
-_OURS = ("evict.py", "standin.py", "swap.py", "husk.py", "upper.py", "replica.py")
+_OURS = ("evict.py", "standin.py", "occupant.py", "husk.py", "upper.py", "replica.py")
 
 
 def killed_at_line(number: int, errand: Callable[[], object]) -> bool:

@@ -34,8 +34,8 @@ from collections.abc import Sequence
 
 from watchd.coherence.husk import drop_idle, provide_directory, settle_husks
 from watchd.coherence.invalidate import invalidate
+from watchd.coherence.occupant import Occupant, clear_temporary, merged_directory, unlink_temporary
 from watchd.coherence.standin import StandIn
-from watchd.coherence.swap import Occupant, clear_temporary, merged_directory, unlink_temporary
 from watchd.coherence.target import Target
 from watchd.coherence.targets import default_option
 from watchd.coherence.view import Stale, View

@@ -15,7 +15,7 @@ import os
 
 from watchd.coherence.husk import provide_directory
 from watchd.coherence.invalidate import invalidate
-from watchd.coherence.swap import Occupant, clear_temporary, merged_directory, unlink_temporary
+from watchd.coherence.occupant import Occupant, clear_temporary, merged_directory, unlink_temporary
 from watchd.coherence.view import View
 from watchd.errors import RefusedError
 from watchd.kernel.files import renameat2
