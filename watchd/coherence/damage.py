@@ -31,7 +31,7 @@ import msgspec
 
 from watchd.coherence.view import Stale, View
 from watchd.errors import WireError
-from watchd.kernel.files import FileHandle, open_by_handle_at, try_openat2
+from watchd.kernel.files import O_PATH_DIRECTORY, FileHandle, open_by_handle_at, try_openat2
 from watchd.kernel.statx import birth_time_ns
 from watchd.overlay.access import handle_of
 from watchd.overlay.marks import Marks, is_whiteout
@@ -44,8 +44,6 @@ TICK_NS = 10_000_000
 
 BELOW_MAX = 1_000
 """So many upper entries below a stale directory are looked at."""
-
-_O_DIRECTORY = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 
 GONE = "only its attributes were copied up and the lower file with its content is gone: reading it fails with EIO"
 REPLACED = (
@@ -199,7 +197,7 @@ def _with_content(upper: int, path: bytes) -> Iterator[bytes]:
 def _present(upper: int, paths: Iterable[bytes]) -> Iterator[bytes]:
     """Those at which the upper has an entry."""
     for parent, group in itertools.groupby(sorted(paths, key=_split), key=lambda path: _split(path)[0]):
-        directory = try_openat2(upper, parent or b".", flags=_O_DIRECTORY)
+        directory = try_openat2(upper, parent or b".", flags=O_PATH_DIRECTORY)
         if directory < 0:
             continue
         try:
@@ -222,7 +220,7 @@ def _split(path: bytes) -> tuple[bytes, bytes]:
 
 
 def _is_directory(upper: int, path: bytes) -> bool:
-    descriptor = try_openat2(upper, path or b".", flags=_O_DIRECTORY)
+    descriptor = try_openat2(upper, path or b".", flags=O_PATH_DIRECTORY)
     if descriptor >= 0:
         os.close(descriptor)
     return descriptor >= 0

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.view import Stale, View
 from watchd.errors import RefusedError
-from watchd.kernel.files import O_PATH_NOFOLLOW, openat2
+from watchd.kernel.files import O_PATH_DIRECTORY, openat2
 from watchd.overlay.upper import Note, Upper, directories_below, holds_only_directories
 
 IN_USE = "the directory in the upper that it was evicted from is in use"
@@ -33,7 +33,7 @@ def provide_directory(view: View, upper: Upper, path: bytes) -> None:
     if missing is None:
         return
     upper.note("husk", missing)
-    merged = openat2(view.merged, path, flags=O_PATH_NOFOLLOW | os.O_DIRECTORY)
+    merged = openat2(view.merged, path, flags=O_PATH_DIRECTORY)
     try:
         os.chown(b"/proc/self/fd/%d" % merged, -1, -1)
     finally:

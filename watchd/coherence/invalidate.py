@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterable
 
 from watchd.coherence.target import Target
@@ -18,12 +17,8 @@ from watchd.errors import MountError, NotPermittedError
 from watchd.kernel.mounts import FSCONFIG_CMD_RECONFIGURE, FSCONFIG_SET_FLAG, fsconfig, fspick
 
 
-def invalidate(merged: int, *, read_only: bool) -> int:
-    """Reconfigure the superblock of `merged`, the root of one of its mounts; returns the time it took in nanoseconds.
-
-    Raises MountError.
-    """
-    started_ns = time.monotonic_ns()
+def invalidate(merged: int, *, read_only: bool) -> None:
+    """Reconfigure the superblock of `merged`, the root of one of its mounts. Raises NotPermittedError, MountError."""
     try:
         context = fspick(merged)
         try:
@@ -36,7 +31,6 @@ def invalidate(merged: int, *, read_only: bool) -> int:
         raise NotPermittedError("invalidating needs CAP_SYS_ADMIN", remedy="run it as root") from None
     except OSError as error:
         raise MountError(f"cannot invalidate: {error.strerror}") from None
-    return time.monotonic_ns() - started_ns
 
 
 def invalidate_around(targets: Iterable[Target]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from watchd.coherence.view import View
 from watchd.errors import RefusedError
-from watchd.kernel.files import O_PATH_NOFOLLOW, RENAME_EXCHANGE, RENAME_NOREPLACE, openat2, renameat2
+from watchd.kernel.files import O_PATH_DIRECTORY, RENAME_EXCHANGE, RENAME_NOREPLACE, openat2, renameat2
 from watchd.overlay.replica import is_replica
 from watchd.overlay.upper import Note, Upper, describe
 
@@ -26,7 +26,7 @@ from watchd.overlay.upper import Note, Upper, describe
 @contextlib.contextmanager
 def merged_directory(view: View, path: bytes) -> Iterator[int]:
     """A directory of the merged mount (O_PATH). Raises OSError."""
-    descriptor = openat2(view.merged, path or b".", flags=O_PATH_NOFOLLOW | os.O_DIRECTORY)
+    descriptor = openat2(view.merged, path or b".", flags=O_PATH_DIRECTORY)
     try:
         yield descriptor
     finally:

@@ -30,13 +30,13 @@ RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
-RESOLVE_IN_ROOT = 0x10
 RESOLVE_CACHED = 0x20
 
 CONFINED = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
 """Never out of the directory the walk starts in, by no symlink and no mount."""
 
 O_PATH_NOFOLLOW = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+O_PATH_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 
 RENAME_NOREPLACE = 0x1
 RENAME_EXCHANGE = 0x2
@@ -92,7 +92,7 @@ def _try_in_pieces(dirfd: int, path: bytes, *, flags: int, resolve: int) -> int:
     cut = path.rfind(b"/", 0, _PATH_MAX)
     if cut <= 0:
         return -errno.ENAMETOOLONG
-    directory = try_openat2(dirfd, path[:cut], flags=O_PATH_NOFOLLOW | os.O_DIRECTORY, resolve=resolve)
+    directory = try_openat2(dirfd, path[:cut], flags=O_PATH_DIRECTORY, resolve=resolve)
     if directory < 0:
         return directory
     try:

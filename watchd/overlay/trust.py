@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import stat
 
+from watchd.kernel.files import O_PATH_DIRECTORY
+
 _MAX_LINKS = 40
 
 
@@ -55,7 +57,7 @@ def _is_exposed(names: list[bytes]) -> bool:
 
 
 def _open(name: bytes, directory: int | None) -> int:
-    return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    return os.open(name, O_PATH_DIRECTORY, dir_fd=directory)
 
 
 def _is_roots_own(directory: os.stat_result, entry: os.stat_result) -> bool:

@@ -28,14 +28,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from watchd.kernel.files import O_PATH_NOFOLLOW, FileHandle, try_openat2
+from watchd.kernel.files import O_PATH_DIRECTORY, FileHandle, try_openat2
 from watchd.overlay.access import handle_of
 from watchd.overlay.marks import Marks, is_whiteout
 
 BATCH = 512
 """So many names of a directory are held at a time."""
 
-_OPEN_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 _NOTHING = (errno.ENOENT, errno.ESTALE)
 _ABSENT = (*_NOTHING, errno.ENOTDIR, errno.ELOOP)
 
@@ -291,7 +290,7 @@ class Union:
         position = 0
         try:
             while position < len(search.path):
-                below = try_openat2(descriptor, search.path[position], flags=_OPEN_DIRECTORY)
+                below = try_openat2(descriptor, search.path[position], flags=O_PATH_DIRECTORY)
                 if descriptor != start.descriptor:
                     os.close(descriptor)
                 descriptor = below

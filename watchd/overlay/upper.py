@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import msgspec
 
 from watchd.errors import DeadlineError, LayerError, MountError, RefusedError
-from watchd.kernel.files import O_PATH_NOFOLLOW, openat2, renameat2, try_openat2
+from watchd.kernel.files import O_PATH_DIRECTORY, openat2, renameat2, try_openat2
 from watchd.kernel.mounts import MOUNT_ATTR_RDONLY, mount_setattr
 from watchd.kernel.namespaces import Courier
 from watchd.overlay.access import clone_path, in_view, reason_of
@@ -38,8 +38,6 @@ from watchd.overlay.model import Overlay, ResolvedStack
 ASIDE = b"watchd"
 TEMPORARY = b".watchd."
 """What our names in a merged mount begin with, for the moment that they are there."""
-
-_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -145,7 +143,7 @@ class Upper:
     @contextlib.contextmanager
     def directory(self, path: bytes) -> Iterator[int]:
         """A directory of the upper (O_PATH). Raises OSError."""
-        descriptor = openat2(self.root, path or b".", flags=_DIRECTORY)
+        descriptor = openat2(self.root, path or b".", flags=O_PATH_DIRECTORY)
         try:
             yield descriptor
         finally:
@@ -156,7 +154,7 @@ class Upper:
         names = path.split(b"/") if path else []
         for depth in range(1, len(names) + 1):
             part = b"/".join(names[:depth])
-            descriptor = try_openat2(self.root, part, flags=_DIRECTORY)
+            descriptor = try_openat2(self.root, part, flags=O_PATH_DIRECTORY)
             if descriptor < 0:
                 return part
             os.close(descriptor)
@@ -282,10 +280,10 @@ def _open_below(clone: int, upperdir: bytes, workdir: bytes, inode: int) -> Uppe
     with contextlib.ExitStack() as opened:
         opened.callback(os.close, clone)
         mount_setattr(clone, attr_clr=MOUNT_ATTR_RDONLY)
-        upper = openat2(clone, upperdir, flags=_DIRECTORY)
+        upper = openat2(clone, upperdir, flags=O_PATH_DIRECTORY)
         opened.callback(os.close, upper)
         if os.stat(upper).st_ino != inode:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        work = openat2(clone, workdir, flags=_DIRECTORY)
+        work = openat2(clone, workdir, flags=O_PATH_DIRECTORY)
         opened.pop_all()
         return Upper(clone, upper, work)

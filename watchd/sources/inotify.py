@@ -34,10 +34,11 @@ from functools import cache
 from typing import Any
 
 from watchd.errors import LayerError, UnsupportedError
+from watchd.kernel.files import O_PATH_DIRECTORY
 from watchd.records import Change, Kind
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
-from watchd.sources.walk import O_PATH_DIRECTORY, Directory, Walk, join, open_below
+from watchd.sources.walk import Directory, Walk, join, open_below
 from watchd.sources.watchtree import ROOT, WatchTree
 from watchd.wire.inotify import IN_CREATE, IN_IGNORED, IN_MOVED_FROM, IN_MOVED_TO, IN_UNMOUNT, Events, Key, Step, decode
 

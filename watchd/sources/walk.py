@@ -18,10 +18,9 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from watchd.kernel.files import O_PATH_NOFOLLOW, openat2
+from watchd.kernel.files import O_PATH_DIRECTORY, openat2
 
 LISTABLE = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-O_PATH_DIRECTORY = O_PATH_NOFOLLOW | os.O_DIRECTORY
 
 PATH_PIECE = 4000
 
