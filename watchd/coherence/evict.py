@@ -37,7 +37,7 @@ from watchd.coherence.invalidate import invalidate
 from watchd.coherence.occupant import Occupant, clear_temporary, merged_directory, unlink_temporary
 from watchd.coherence.standin import StandIn
 from watchd.coherence.target import Target
-from watchd.coherence.targets import default_option
+from watchd.coherence.targets import is_on
 from watchd.coherence.view import Stale, View
 from watchd.errors import LayerError, MountError, RefusedError
 from watchd.kernel.mounts import MOUNT_ATTR_RDONLY, mount_setattr
@@ -45,7 +45,6 @@ from watchd.overlay.marks import is_whiteout
 from watchd.overlay.upper import Note, Upper
 
 _UNSUPPORTED = ("index", "nfs_export")
-_ON = ("on", "Y")
 
 
 def evict(view: View, stale: Sequence[Stale]) -> dict[bytes, str]:
@@ -89,9 +88,8 @@ def _refusal(target: Target) -> str:
         return "the overlay has no upper"
     if target.read_only:
         return "the overlay is read-only"
-    options = target.overlay.options if target.overlay else {}
     for option in _UNSUPPORTED:
-        if options.get(option, default_option(option)) in _ON:
+        if target.overlay is not None and is_on(option, target.overlay):
             return f"with {option}=on a copy leaves traces in the index"
     return ""
 

@@ -76,7 +76,7 @@ def _refuse_foreign_mounts(captured: Capture, mounts: Mapping[View, Iterable[Mou
         for info in infos:
             for place in sharing:
                 found = children.get((info.mount_id, _where_it_spreads(place, info)))
-                if found and f"{found.device[0]}:{found.device[1]}" != captured.device:
+                if found and found.device_name != captured.device:
                     shown = os.fsdecode(found.mount_point)
                     raise RefusedError(f"{shown} of process {view.pid}, another mount, would be unmounted with it")
 

@@ -70,8 +70,6 @@ class Target:
     """redirect_dir is on, so a path in a lower need not be the path in the merged mount."""
     on_server: bool = False
     """Its mount point lies on a filesystem that somebody serves, so getting there may let one wait."""
-    copies_metadata: bool = False
-    """metacopy is on, so an upper file may have its content from a lower."""
     observe: bool = False
     """Verify and report, but do nothing."""
     actions: tuple[str, ...] = ("invalidate",)
@@ -85,6 +83,11 @@ class Target:
     """The upper and its workdir, writable. Raises LayerError. None without an upper."""
     budget: float = 0.1
     """Share of the time that may go into invalidating this mount."""
+
+    @property
+    def copies_metadata(self) -> bool:
+        """An upper file may have its content from a lower."""
+        return self.has_upper and self.splits_files
 
     @property
     def shown_at(self) -> Sequence[MountPoint]:

@@ -67,11 +67,10 @@ def build_target(
         has_upper=stack.upper is not None,
         read_only=overlay.read_only,
         userxattr="userxattr" in overlay.options,
-        splits_files=_is_on("metacopy", overlay),
+        splits_files=is_on("metacopy", overlay),
         data_only=tuple(_root(layer, courier, telling_overlays) for layer in stack.data_only),
         # Shown as on wherever there is no upper, where nothing can be renamed.
-        renames_directories=overlay.upperdir is not None and _is_on("redirect_dir", overlay),
-        copies_metadata=overlay.upperdir is not None and _is_on("metacopy", overlay),
+        renames_directories=overlay.upperdir is not None and is_on("redirect_dir", overlay),
         on_server=on_server,
         observe=observe,
         actions=actions,
@@ -83,8 +82,16 @@ def build_target(
     )
 
 
-def _is_on(option: str, overlay: Overlay) -> bool:
-    return overlay.options.get(option, default_option(option)) in ("on", "Y")
+def is_on(option: str, overlay: Overlay) -> bool:
+    """Whether an option is on that mountinfo shows only where it differs from the module's default."""
+    return overlay.options.get(option, _default(option)) in ("on", "Y")
+
+
+def _default(option: str) -> str:
+    try:
+        return Path("/sys/module/overlay/parameters", option).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _root(layer: LayerDirectory, courier: Courier, telling_overlays: Collection[int]) -> LayerRoot:
@@ -94,14 +101,6 @@ def _root(layer: LayerDirectory, courier: Courier, telling_overlays: Collection[
         key=(layer.view.namespace, layer.path, layer.device, layer.handle),
         cache_tells=cache_tells(layer, telling_overlays),
     )
-
-
-def default_option(option: str) -> str:
-    """The module's default, which mountinfo does not show; "" if it cannot be read."""
-    try:
-        return Path("/sys/module/overlay/parameters", option).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def primary_point(overlay: Overlay) -> MountPoint:

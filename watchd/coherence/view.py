@@ -37,19 +37,10 @@ from watchd.coherence.access import access_differs
 from watchd.coherence.handles import Handles
 from watchd.coherence.pins import Holder, Wanted, find_holders
 from watchd.coherence.target import LayerRoot, Target
-from watchd.errors import WireError
-from watchd.kernel.files import (
-    AT_EMPTY_PATH,
-    AT_HANDLE_FID,
-    CONFINED,
-    RESOLVE_CACHED,
-    FileHandle,
-    name_to_handle_at,
-    try_openat2,
-)
+from watchd.kernel.files import CONFINED, RESOLVE_CACHED, FileHandle, try_openat2
+from watchd.overlay.access import revealed_handle
 from watchd.overlay.union import Entry, Union
 from watchd.records import Kind
-from watchd.wire.handles import OverlayHandle, parse_overlay_handle
 
 STRUCTURE = int(Kind.CREATE | Kind.DELETE | Kind.RENAME)
 CACHED_TRIES = 6
@@ -383,7 +374,7 @@ class View:
 
     def _is_same(self, path: bytes, descriptor: int, expected: Entry) -> bool:
         """Whether a cached object stands for the one that the layers provide now."""
-        real = _identity(descriptor)
+        real = revealed_handle(descriptor)
         if real is None or expected.handle is None:
             return self._looks_same(path, descriptor)
         revealed = FileHandle(real.type, real.fid)
@@ -474,12 +465,3 @@ def _fingerprint(descriptor: int) -> tuple[int, ...]:
     status = os.stat(descriptor)
     size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
     return stat.S_IFMT(status.st_mode), status.st_mtime_ns, status.st_ctime_ns, size
-
-
-def _identity(descriptor: int) -> OverlayHandle | None:
-    """The handle of the real object that an object of an overlay stands for; None if this kernel does not tell."""
-    try:
-        handle = name_to_handle_at(descriptor, flags=AT_EMPTY_PATH | AT_HANDLE_FID)
-        return parse_overlay_handle(handle.type, handle.fid)
-    except (OSError, WireError):
-        return None

@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from watchd.errors import DeadlineError, LayerError, MountError
+from watchd.errors import DeadlineError, LayerError, MountError, WireError
 from watchd.kernel.files import AT_HANDLE_FID, FileHandle, name_to_handle_at
 from watchd.kernel.libc import AT_EMPTY_PATH, AT_FDCWD
 from watchd.kernel.mounts import open_tree_clone
@@ -29,6 +29,7 @@ from watchd.kernel.namespaces import Courier, mount_namespace
 from watchd.kernel.statx import mount_id
 from watchd.overlay.discovery import find_namespaces
 from watchd.overlay.model import LayerDirectory, MountPoint, View, device_name
+from watchd.wire.handles import OverlayHandle, parse_overlay_handle
 
 T = TypeVar("T")
 
@@ -141,6 +142,18 @@ def handle_of(fd: int) -> FileHandle | None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EOVERFLOW):
                 raise
     return None
+
+
+def revealed_handle(fd: int) -> OverlayHandle | None:
+    """The handle of the real object that an object of an overlay stands for now; None where it is not told.
+
+    It is for kernels since 6.6, and for overlays that were mounted outside of user namespaces.
+    """
+    try:
+        handle = name_to_handle_at(fd, flags=AT_EMPTY_PATH | AT_HANDLE_FID)
+        return parse_overlay_handle(handle.type, handle.fid)
+    except (OSError, WireError):
+        return None
 
 
 def reason_of(error: OSError) -> str:

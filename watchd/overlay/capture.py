@@ -124,7 +124,7 @@ def capture(device: str, mounts: Mapping[View, Iterable[MountInfo]]) -> Capture 
     for view, listed in mounts.items():
         infos = tuple(listed)
         for info in infos:
-            if info.fstype == OVERLAY and _device(info) == device:
+            if info.fstype == OVERLAY and info.device_name == device:
                 shown = shown or info
                 places.append(_place(view, info, infos))
     if shown is None:
@@ -161,7 +161,7 @@ def _mount(info: MountInfo) -> Mount:
     return Mount(
         mount_id=info.mount_id,
         parent_id=info.parent_id,
-        device=_device(info),
+        device=info.device_name,
         path=info.mount_point,
         root=info.root,
         attributes=tuple(info.options.decode("ascii", "backslashreplace").split(",")),
@@ -176,7 +176,3 @@ def _propagation(tags: Iterable[bytes]) -> Propagation:
         master=int(groups.get(b"master", b"0")),
         unbindable=b"unbindable" in groups,
     )
-
-
-def _device(info: MountInfo) -> str:
-    return f"{info.device[0]}:{info.device[1]}"

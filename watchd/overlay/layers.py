@@ -27,14 +27,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from watchd.errors import MountError, WatchdError, WireError
-from watchd.kernel.files import AT_HANDLE_FID, FileHandle, name_to_handle_at
+from watchd.errors import MountError, WatchdError
+from watchd.kernel.files import FileHandle
 from watchd.kernel.filesystems import filesystem_magic, filesystem_uuid
-from watchd.kernel.libc import AT_EMPTY_PATH
 from watchd.kernel.namespaces import Courier, mount_namespace
-from watchd.overlay.access import clone_mount, clone_path, handle_of, in_view, reason_of
+from watchd.overlay.access import clone_mount, clone_path, handle_of, in_view, reason_of, revealed_handle
 from watchd.overlay.model import LayerDirectory, Overlay, ResolvedStack, View
-from watchd.wire.handles import OverlayHandle, parse_overlay_handle
+from watchd.wire.handles import OverlayHandle
 
 _ATTEMPTS = 3
 """The first layer may change between the look at the merged root and the look at the layer; hardly thrice in a row."""
@@ -77,20 +76,12 @@ def _truth(overlay: Overlay, courier: Courier) -> _Truth:
             failure = error
             continue
         try:
-            return _Truth(_revealed(fd), _status(fd))
+            return _Truth(revealed_handle(fd), _status(fd))
         except OSError as error:
             failure = MountError(f"{os.fsdecode(point.path)}: {reason_of(error)}")
         finally:
             os.close(fd)
     raise failure
-
-
-def _revealed(fd: int) -> OverlayHandle | None:
-    try:
-        handle = name_to_handle_at(fd, flags=AT_EMPTY_PATH | AT_HANDLE_FID)
-        return parse_overlay_handle(handle.type, handle.fid)
-    except (OSError, WireError):
-        return None
 
 
 def _status(fd: int) -> tuple[int, ...]:

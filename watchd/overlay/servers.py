@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 
 from watchd.errors import WireError
+from watchd.overlay.discovery import read_mountinfo
 from watchd.overlay.model import Overlay
 from watchd.wire.mountinfo import parse_line
 
@@ -39,7 +39,7 @@ class Served(msgspec.Struct, frozen=True):
 def served_mounts(pid: int) -> tuple[Served, ...]:
     """Those that the process sees, the deepest first; none if it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/mountinfo").read_bytes().splitlines()
+        lines = read_mountinfo(pid).splitlines()
         remote = [parse_line(line) for line in lines if line.rpartition(b" - ")[2].split(b" ", 1)[0] not in _LOCAL]
     except (OSError, WireError):
         return ()

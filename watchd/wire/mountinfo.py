@@ -47,6 +47,11 @@ class MountInfo(msgspec.Struct, frozen=True):
     source: bytes
     super_options: bytes
 
+    @property
+    def device_name(self) -> str:
+        """`major:minor`."""
+        return f"{self.device[0]}:{self.device[1]}"
+
 
 def parse_mountinfo(data: bytes, fstypes: frozenset[bytes] | None = None) -> tuple[MountInfo, ...]:
     """The mounts of these filesystem types (None: all) in the file's order. Raises WireError naming the bad line."""
