@@ -96,6 +96,24 @@ def test_what_is_cached_and_right_is_coherent(checked: Checked) -> None:
     assert mount["names"] >= len(names)
 
 
+def test_a_file_that_lost_its_content_is_no_stale_listing(sandbox: Sandbox, daemon: Daemon) -> None:
+    low, other, up = sandbox.directory(b"low"), sandbox.directory(b"other"), sandbox.directory(b"up")
+    for layer in (low, other):
+        os.mkdir(layer + b"/d")
+        write(layer + b"/d/" + os.path.basename(layer), b"content")
+    layers = [(b"lowerdir+", low), (b"lowerdir+", other), (b"upperdir", up), (b"workdir", sandbox.directory(b"work"))]
+    merged = sandbox.mount_overlay(b"merged", [(b"metacopy", b"on"), *layers])
+    os.chmod(merged + b"/d/low", 0o600)
+    os.unlink(low + b"/d/low")
+    checked = Checked(daemon, merged, ())
+    checked.invalidate()
+    with open_root(merged + b"/d") as directory:
+        assert os.listdir(directory) == ["other"], "the kernel does not list what it cannot open"
+        assert checked.stale() == {"d/low": "damage"}
+        write(other + b"/d/new", b"")
+        assert checked.stale() == {"d": "listing", "d/low": "damage"}
+
+
 @pytest.mark.parametrize("accident", FOUND.values(), ids=FOUND)
 def test_what_an_accident_made_stale_is_named_until_it_is_invalidated(checked: Checked, accident: Accident) -> None:
     names = checked.remember(accident)

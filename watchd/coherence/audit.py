@@ -182,7 +182,20 @@ class _Auditor:
         except OSError as error:
             self._note(error)
             return False
-        return listed != true
+        return listed != true and (not self.view.target.splits_files or self._lists_other_names(path))
+
+    def _lists_other_names(self, path: bytes) -> bool:
+        """Name by name: with metacopy what has lost its content may not be listed, and that is as it should be."""
+        descriptor = self.view.open_cached(path)
+        if descriptor is None:
+            return False
+        try:
+            return self.view.lists_other_names(path, descriptor)
+        except OSError as error:
+            self._note(error)
+            return False
+        finally:
+            os.close(descriptor)
 
     def _open_listing(self, path: bytes) -> int | None:
         """An owned descriptor of a directory of the merged mount, None if it is not cached as one. Raises OSError."""

@@ -299,7 +299,7 @@ class View:
         try:
             # Twice, because it may change between the two looks of one comparison.
             return self.union.is_merged(directory) and all(
-                self._lists_otherwise(directory, descriptor) for _ in range(2)
+                self.lists_other_names(directory, descriptor) for _ in range(2)
             )
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -357,7 +357,7 @@ class View:
             # The handle names one directory only; those merged with it may be others than the cached ones.
             if not acted:
                 return "listing"
-            if self._lists_otherwise(path, descriptor):
+            if self.lists_other_names(path, descriptor):
                 return "listing"
         if kinds & STRUCTURE and not expected.is_dir and self.target.splits_files and self.union.is_metacopy(path):
             return "replaced" if not acted or self._has_other_content(path, descriptor) else None
@@ -416,7 +416,10 @@ class View:
         finally:
             os.close(real)
 
-    def _lists_otherwise(self, path: bytes, descriptor: int) -> bool:
+    def lists_other_names(self, path: bytes, descriptor: int) -> bool:
+        """Whether a directory of the merged mount (open by O_PATH) lists other names than its layers have to be listed.
+
+        Raises LayerError, OSError."""
         listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)
         try:
             shown, true = set(_names(os.listdir(listing))), set(self.union.listing(path))
