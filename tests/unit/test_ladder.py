@@ -9,7 +9,7 @@ import pytest
 from watchd.coherence.ladder import ATTEMPTS, Climb, Done, Ladder
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale
-from watchd.errors import MountError, RefusedError
+from watchd.errors import MountError, NotPermittedError, RefusedError
 
 METHODS = ("invalidate", "evict", "replace", "drop_caches")
 NEW = Target("0:2", b"/m", (b"/m",), (), lambda: -1)
@@ -41,8 +41,8 @@ class Mount:
         self.verified.append(new)
         return tuple(Stale(path, "replaced") for path in sorted(self.stale))
 
-    def climb(self, *methods: str, doubted: bool = False) -> Climb:
-        ladder = Ladder({method: self._action(method) for method in METHODS}, self._verify)
+    def climb(self, *methods: str, doubted: bool = False, fatal: tuple[type[Exception], ...] = ()) -> Climb:
+        ladder = Ladder({method: self._action(method) for method in METHODS}, self._verify, fatal)
         stale = () if doubted else tuple(Stale(path, "replaced") for path in sorted(self.stale))
         return ladder.climb(methods or METHODS, stale, doubted=doubted)
 
@@ -100,6 +100,17 @@ def test_a_failure_is_told_and_the_next_action_tried() -> None:
     climb = mount.climb("invalidate", "drop_caches")
     assert summary(climb) == [("invalidate", "failed", 1, 1), ("drop_caches", "coherent", 1, 0)]
     assert (climb.steps[0].error, climb.error) == ("frozen", "")
+
+
+def test_an_action_that_is_not_permitted_hides_neither_what_was_done_nor_what_is_stale() -> None:
+    mount = Mount(b"a", b"b")
+    mount.heals = {"invalidate": {b"a"}}
+    mount.raises = {"drop_caches": NotPermittedError("read-only")}
+    climb = mount.climb("invalidate", "drop_caches")
+    assert summary(climb) == [("invalidate", "stale", 2, 1), ("drop_caches", "failed", 1, 1)]
+    assert ([entry.path for entry in climb.stale], climb.error) == ([b"b"], "")
+    with pytest.raises(NotPermittedError):
+        mount.climb("drop_caches", fatal=(NotPermittedError,))
 
 
 @pytest.mark.parametrize("doubted", [False, True])

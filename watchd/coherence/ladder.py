@@ -15,7 +15,7 @@ import msgspec
 
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale
-from watchd.errors import LayerError, MountError, RefusedError
+from watchd.errors import LayerError, MountError, NotPermittedError, RefusedError
 
 ATTEMPTS = 2
 """A name that somebody is looking up at this very moment survives an invalidation, and a change between the two looks of one
@@ -65,7 +65,8 @@ class Done:
 
 
 Action = Callable[[Sequence[Stale]], Done]
-"""Told what is stale. Raises RefusedError if nothing was done, MountError, LayerError or OSError if it failed."""
+"""Told what is stale. Raises RefusedError if nothing was done, MountError, LayerError, NotPermittedError or OSError if it
+failed."""
 
 Verify = Callable[[Target | None], tuple[Stale, ...]]
 """What is stale now, of everything that it is about; told what the mount was replaced by. Raises LayerError, OSError."""
@@ -77,11 +78,13 @@ class Ladder:
 
     actions: Mapping[str, Action]
     verify: Verify
+    fatal: tuple[type[Exception], ...] = ()
+    """Errors of actions that end it, for whoever asked for a single action; else the next one is tried."""
 
     def climb(self, methods: Sequence[str], stale: Sequence[Stale], *, doubted: bool = False) -> Climb:
         """Take these actions until nothing is stale. `doubted`: what is stale is not known, so one of them has to succeed.
 
-        Raises as `verify`.
+        Raises as `verify`, and what is `fatal`.
         """
         climb = Climb((), tuple(stale))
         for method in methods:
@@ -104,7 +107,9 @@ class Ladder:
             except RefusedError as refusal:
                 stale = _refused(method, left, dict.fromkeys(_paths(left), str(refusal)))
                 return Climb(climb.steps, stale, refusals=(*climb.refusals, f"{method}: {refusal}"))
-            except (MountError, LayerError, OSError) as error:
+            except self.fatal:
+                raise
+            except (MountError, LayerError, NotPermittedError, OSError) as error:
                 duration_ns += time.monotonic_ns() - started_ns
                 failed = Step(method, "failed", before, len(left), duration_ns, cost_ns, str(error) or repr(error))
                 return Climb((*climb.steps, failed), left, refusals=climb.refusals)

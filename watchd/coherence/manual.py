@@ -73,7 +73,9 @@ def _climb(target: Target, method: str, tools: Tools, before: Sequence[Stale]) -
         return after.curable
 
     with View(target, tools.handles) as view:
-        climb = Ladder(actions_on(view, target, tools), verify).climb((method,), before, doubted=True)
+        climb = Ladder(actions_on(view, target, tools), verify, fatal=(NotPermittedError,)).climb(
+            (method,), before, doubted=True
+        )
         if method == "evict":
             _tidy(view)
     if climb.replaced_by is not None:
