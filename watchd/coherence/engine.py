@@ -1,4 +1,6 @@
-"""Keep merged mounts coherent: take in suspects, verify, invalidate, verify again.
+"""Keep merged mounts coherent: take in suspects, and decide when which mount has a round, and in which thread.
+
+What a round does is said in `watchd.coherence.round`.
 
 A mount is worked on by one thread at a time; what arrives meanwhile is gathered and taken in one go. The first change is acted
 on at once, further ones no more often than the mount's budget allows: an invalidation that took t keeps the mount waiting for

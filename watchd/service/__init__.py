@@ -1,4 +1,4 @@
-"""The service: the only asyncio. `run` is the daemon."""
+"""The service: the event loop and all that it owns. `run` is the daemon."""
 
 from watchd.service.daemon import run
 
