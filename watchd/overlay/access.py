@@ -16,6 +16,7 @@ Facts
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -107,13 +108,13 @@ def clone_mount_of(layer: LayerDirectory, courier: Courier) -> int:
     """Like `clone_directory`, but rooted at the root of the mount that the layer's directory lies in."""
     clone = clone_directory(layer, courier)
     try:
-        fd = in_view(layer.view, lambda: clone_path(_mount_root(layer.path)), courier=courier, discard=os.close)
-        if os.fstat(fd).st_dev == layer.device:
-            os.close(clone)
-            return fd
-        os.close(fd)
-    except (OSError, MountError):
-        pass  # the root of the mount cannot be had (locked, mounted over meanwhile): the layer's own directory will do
+        other = in_view(layer.view, lambda: clone_path(_mount_root(layer.path)), courier=courier, discard=os.close)
+    except (OSError, MountError, DeadlineError):
+        return clone  # the root cannot be had (locked, mounted over meanwhile): the layer's own directory will do
+    with contextlib.suppress(OSError):  # its server is gone
+        if os.fstat(other).st_dev == layer.device:
+            clone, other = other, clone
+    os.close(other)
     return clone
 
 
