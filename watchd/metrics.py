@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
@@ -48,61 +49,32 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         self._server: tuple[WSGIServer, Thread] | None = None
-        build = Gauge("watchd_build_info", "The version that runs; always 1.", ["version"], registry=registry)
-        build.labels(__version__).set(1)
-        self._events = Counter(
-            "watchd_events", "Names that events were read for.", ["layer", "backend"], registry=registry
-        )
-        self._changes = Counter(
-            "watchd_changes", "Changes journalled; one may be of several kinds.", ["layer", "kind"], registry=registry
-        )
-        self._desyncs = Counter(
-            "watchd_desyncs", "Times that changes may have been missed.", ["layer", "reason"], registry=registry
-        )
-        self._actions = Counter(
-            "watchd_actions", "Actions on merged mounts.", ["mount", "method", "result"], registry=registry
-        )
-        self.action_duration = Histogram(
-            "watchd_action_duration_seconds",
-            "Time an action took.",
-            ["method"],
-            registry=registry,
-            buckets=DURATION_BUCKETS,
-        )
-        self._hooks = Counter(
-            "watchd_hooks", "Runs of the command that is configured in `after`.", ["mount", "result"], registry=registry
-        )
-        self._hook_duration = Histogram(
-            "watchd_hook_duration_seconds", "Time such a run took.", registry=registry, buckets=HOOK_BUCKETS
-        )
-        self.latency = Histogram(
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        timed = partial(histogram, buckets=DURATION_BUCKETS)
+        gauge("watchd_build_info", "The version that runs; always 1.", ["version"]).labels(__version__).set(1)
+        self._events = counter("watchd_events", "Names that events were read for.", ["layer", "backend"])
+        self._changes = counter("watchd_changes", "Changes journalled; one may be of several kinds.", ["layer", "kind"])
+        self._desyncs = counter("watchd_desyncs", "Times that changes may have been missed.", ["layer", "reason"])
+        self._actions = counter("watchd_actions", "Actions on merged mounts.", ["mount", "method", "result"])
+        self.action_duration = timed("watchd_action_duration_seconds", "Time an action took.", ["method"])
+        self._hooks = counter("watchd_hooks", "Runs of the command that is configured in `after`.", ["mount", "result"])
+        self._hook_duration = histogram("watchd_hook_duration_seconds", "Time such a run took.", buckets=HOOK_BUCKETS)
+        self.latency = histogram(
             "watchd_coherence_latency_seconds",
             "From the reading of an event to the verified coherence of the mounts it concerns.",
-            registry=registry,
             buckets=LATENCY_BUCKETS,
         )
-        self._verifications = Counter(
-            "watchd_verifications", "Verifications of a mount, by what they found.", ["result"], registry=registry
+        self._verifications = counter(
+            "watchd_verifications", "Verifications of a mount, by what they found.", ["result"]
         )
-        self.append_duration = Histogram(
-            "watchd_journal_append_duration_seconds",
-            "Time a commit took to write.",
-            registry=registry,
-            buckets=DURATION_BUCKETS,
+        self.append_duration = timed("watchd_journal_append_duration_seconds", "Time a commit took to write.")
+        self.sync_duration = timed("watchd_journal_sync_duration_seconds", "Time a commit took to sync.")
+        self._reload_ok = gauge(
+            "watchd_config_last_reload_successful", "Whether the configuration was good when last read."
         )
-        self.sync_duration = Histogram(
-            "watchd_journal_sync_duration_seconds",
-            "Time a commit took to sync.",
-            registry=registry,
-            buckets=DURATION_BUCKETS,
-        )
-        self._reload_ok = Gauge(
-            "watchd_config_last_reload_successful",
-            "Whether the configuration was good when last read.",
-            registry=registry,
-        )
-        self._reload_time = Gauge(
-            "watchd_config_last_reload_success_timestamp_seconds", "When a good one was last read.", registry=registry
+        self._reload_time = gauge(
+            "watchd_config_last_reload_success_timestamp_seconds", "When a good one was last read."
         )
 
     def show(self, snapshot: Callable[[], Snapshot]) -> None:
