@@ -30,6 +30,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def test_what_an_earlier_replacement_left_in_the_workdir_stays(sandbox: Sandbox, daemon: Daemon, low: bytes) -> None:
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    left = sandbox.path(b"up.work/watchd-replaced-0:1048575")
+    for mode, stays in (("observe", True), ("repair", False)):
+        os.makedirs(left, exist_ok=True)
+        daemon.configure(coherence={"mode": mode, "actions": ["invalidate", "replace"]})
+        daemon.start()
+        daemon.sync(merged)
+        assert os.path.exists(left) == stays
+        daemon.stop()
+
+
 def test_what_is_stale_is_told_everywhere_and_stays_as_it_is(sandbox: Sandbox, daemon: Daemon, low: bytes) -> None:
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     port = free_port()

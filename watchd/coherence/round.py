@@ -141,7 +141,7 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
         if thorough and climb.replaced_by is None:
             stale = view.pinned(stale) if stale else ()
             untidy = _tidy(view, target, task, climb)
-    if climb.replaced_by is not None or (task.must_act and "replace" in target.actions):
+    if climb.replaced_by is not None or (task.must_act and "replace" in target.actions and not target.observe):
         # The view is closed, so a mount that was replaced may be gone now.
         clear_up(climb.replaced_by or target, tools.courier)
     new = tuple(entry for entry in damage if entry not in task.damage)
