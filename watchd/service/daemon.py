@@ -305,7 +305,7 @@ class Daemon:
                         break
                     mounts, _ = await self._select(patterns)  # one was replaced or unmounted meanwhile
                 await self._journal.flush()
-                if any(state_of(mount, self._engine)[0] == "failed" for mount in mounts):
+                if any(state_of(mount, self._engine).state == "failed" for mount in mounts):
                     await self._mounts.refresh()  # perhaps it was unmounted meanwhile
         except TimeoutError:
             reasons = filter(None, (self._waits_for(mount) for mount in self._mounts.select(patterns)[0]))
@@ -346,7 +346,7 @@ class Daemon:
                 devices = [mount.overlay.device for mount in level]
                 if not await in_thread(partial(self._engine.settle, devices, deadline_ns), name="settle"):
                     raise TimeoutError
-            states = {state_of(mount, self._engine)[0] for level in levels for mount in level}
+            states = {state_of(mount, self._engine).state for level in levels for mount in level}
             if pause_s is None or not states & {"stale", "pinned"}:
                 return
             await asyncio.sleep(pause_s)

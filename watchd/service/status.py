@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from watchd import __version__
-from watchd.coherence.engine import Engine
+from watchd.coherence.engine import Engine, MountState
 from watchd.coherence.report import mount_report, name
 from watchd.coherence.view import Stale
 from watchd.journal.writer import Journal
@@ -59,14 +59,12 @@ def status(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal
 
 def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal) -> Snapshot:
     """What a scrape shows; called in the metrics server's threads, and copies before it looks."""
-    mounts = list(books.mounts.values())
+    standings = {mount.overlay.device: state_of(mount, engine) for mount in list(books.mounts.values())}
     return Snapshot(
         layer_states=[layer.state for layer in list(layers.layers.values())],
-        mount_states=[state_of(mount, engine)[0] for mount in mounts],
-        stale_entries={mount.overlay.device: len(state_of(mount, engine)[2]) for mount in mounts},
-        pinned_entries={
-            mount.overlay.device: sum(bool(entry.pinned_by) for entry in state_of(mount, engine)[2]) for mount in mounts
-        },
+        mount_states=[now.state for now in standings.values()],
+        stale_entries={device: len(now.stale) for device, now in standings.items()},
+        pinned_entries={device: sum(bool(one.pinned_by) for one in now.stale) for device, now in standings.items()},
         journal_last_sequence=journal.last_seq,
         journal_bytes=journal.bytes,
         queue_bytes=layers.queue_bytes(),
@@ -74,38 +72,47 @@ def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journ
     )
 
 
-def state_of(mount: Mount, engine: Engine) -> tuple[str, str, tuple[Stale, ...], dict[str, int]]:
-    """State, reason, what is stale, and how often which action was taken."""
+class Standing(NamedTuple):
+    """How a mount stands, as it is shown."""
+
+    state: str
+    """The contract's word."""
+    reason: str
+    stale: tuple[Stale, ...] = ()
+    actions: Mapping[str, int] = {}
+    """How often which action was taken."""
+
+
+def state_of(mount: Mount, engine: Engine) -> Standing:
+    """What the engine knows of a mount, unless what lies below it is in trouble."""
     known = engine.state(mount.overlay.device)
-    waiting = mount.waiting()
     if known is None:
-        return "failed", waiting or "not kept any more", (), {}
-    if waiting:
-        return "failed", waiting, known.stale, {**known.actions}
+        return Standing("failed", mount.waiting() or "not kept any more")
+    trouble = _trouble(mount, known)
+    state, reason = ("failed", trouble) if trouble else (known.state, known.error)
+    return Standing(state, reason, known.stale, known.actions)
+
+
+def _trouble(mount: Mount, known: MountState) -> str:
+    """Why what the engine knows does not count; "" if it does."""
+    if waiting := mount.waiting():
+        return waiting
     if known.waiting_since_ns is not None and (servers := servers_of(mount.overlay)):
         # With no server on the way it is a long round, and what was known last still holds.
-        waiting = f"waiting for {servers} {Waiting(known.waiting_since_ns / 1e9)}"
-        return "failed", waiting, known.stale, {**known.actions}
+        return f"waiting for {servers} {Waiting(known.waiting_since_ns / 1e9)}"
     if mount.unknown:
-        return (
-            "failed",
-            f"{os.fsdecode(mount.unknown[0].path)}: {mount.unknown[0].error}",
-            known.stale,
-            {**known.actions},
-        )
+        return f"{os.fsdecode(mount.unknown[0].path)}: {mount.unknown[0].error}"
     if known.displaced:
-        return known.state, known.error, known.stale, {**known.actions}
-    for layer in mount.layers:
-        if layer.state == "failed":
-            return "failed", f"layer {layer.name}: {layer.reason}", known.stale, {**known.actions}
-    return known.state, known.error, known.stale, {**known.actions}
+        return ""
+    failed = next((layer for layer in mount.layers if layer.state == "failed"), None)
+    return f"layer {failed.name}: {failed.reason}" if failed else ""
 
 
 def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
-    state, reason, stale, actions = state_of(mount, engine)
+    now = state_of(mount, engine)
     known = engine.state(mount.overlay.device)
-    damage = known.damage if known else ()
-    return mount_report(mount.overlay, state=state, reason=reason, stale=(*stale, *damage), actions=actions)
+    stale = (*now.stale, *(known.damage if known else ()))
+    return mount_report(mount.overlay, state=now.state, reason=now.reason, stale=stale, actions=now.actions)
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
