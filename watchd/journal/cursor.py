@@ -11,11 +11,6 @@ from watchd.journal.reader import Extent
 _CURSOR: Final = re.compile(r"([0-9a-f]{16}):([0-9]{1,19})")
 
 
-def format_cursor(epoch: str, seq: int) -> str:
-    """The cursor that stands behind record `seq`."""
-    return f"{epoch}:{seq}"
-
-
 def parse_cursor(text: str, extent: Extent) -> int:
     """The sequence number behind which `text` stands, 0 for `beginning`.
 

@@ -59,7 +59,6 @@ MS_SHARED = 1 << 20
 
 FSOPEN_CLOEXEC = 0x1
 FSPICK_CLOEXEC = 0x1
-FSPICK_SYMLINK_NOFOLLOW = 0x2
 FSPICK_EMPTY_PATH = 0x8
 FSMOUNT_CLOEXEC = 0x1
 
@@ -132,9 +131,9 @@ def fsopen(fstype: bytes) -> int:
     return _fsopen(fstype, FSOPEN_CLOEXEC)
 
 
-def fspick(dirfd: int, path: bytes = b"") -> int:
-    """A context to reconfigure the superblock mounted at `path` (or at dirfd itself); returns an owned descriptor."""
-    return _fspick(dirfd, path, FSPICK_CLOEXEC | (FSPICK_SYMLINK_NOFOLLOW if path else FSPICK_EMPTY_PATH))
+def fspick(mount: int) -> int:
+    """A context to reconfigure the superblock of a mount, given by its root (O_PATH); returns an owned descriptor."""
+    return _fspick(mount, b"", FSPICK_CLOEXEC | FSPICK_EMPTY_PATH)
 
 
 def fsconfig(context: int, command: int, key: bytes | None = None, value: bytes | None = None, aux: int = 0) -> None:
@@ -148,9 +147,9 @@ def fsconfig(context: int, command: int, key: bytes | None = None, value: bytes 
         raise OSError(error.errno, f"{error.strerror} ({words})") from None
 
 
-def fsmount(context: int, *, attributes: int = 0) -> int:
-    """The mount of a created context, detached, with MOUNT_ATTR_*; returns an owned descriptor (O_PATH)."""
-    return _fsmount(context, FSMOUNT_CLOEXEC, attributes)
+def fsmount(context: int) -> int:
+    """The mount of a created context, detached and without any flags; returns an owned descriptor (O_PATH)."""
+    return _fsmount(context, FSMOUNT_CLOEXEC, 0)
 
 
 def _messages(context: int) -> str:

@@ -133,7 +133,7 @@ def capture(device: str, mounts: Mapping[View, Iterable[MountInfo]]) -> Capture 
 
 
 def attribute_flags(attributes: Iterable[str]) -> int:
-    """MOUNT_ATTR_* for fsmount(2) and mount_setattr(2). Raises KeyError naming one that is not known, as `idmapped`."""
+    """MOUNT_ATTR_* for mount_setattr(2). Raises KeyError naming one that is not known, as `idmapped`."""
     wanted = tuple(attributes)
     flags = 0
     for attribute in wanted:

@@ -107,20 +107,17 @@ class Union:
         """The root directory of a layer, borrowed."""
         return self._roots[layer]
 
-    def lookup(self, path: bytes, *, under: int = 0) -> Entry | None:
-        """What the layers provide at `path`; None if nothing. Raises OSError if a layer cannot be read.
-
-        `under`: as if the entries that so many upper layers have at this very path were not there.
-        """
-        taken = self.take(path, under=under)
+    def lookup(self, path: bytes) -> Entry | None:
+        """What the layers provide at `path`; None if nothing. Raises OSError if a layer cannot be read."""
+        taken = self.take(path)
         if taken is None:
             return None
         os.close(taken[1])
         return taken[0]
 
-    def take(self, path: bytes, *, under: int = 0) -> tuple[Entry, int] | None:
+    def take(self, path: bytes) -> tuple[Entry, int] | None:
         """What `lookup` gives, and an owned O_PATH descriptor of it. Raises OSError."""
-        found = self._locate(path, under=under)
+        found = self._locate(path)
         if found is None:
             return None
         descriptor = _open(found[1], found[2])
@@ -137,7 +134,10 @@ class Union:
         return self._locate(path) is not None
 
     def open(self, path: bytes, *, under: int = 0) -> int | None:
-        """An owned O_PATH descriptor of the object that `lookup` describes."""
+        """An owned O_PATH descriptor of the object that `lookup` describes; None if there is none. Raises OSError.
+
+        `under`: as if the entries that so many upper layers have at this very path were not there.
+        """
         found = self._locate(path, under=under)
         return None if found is None else _open(found[1], found[2])
 

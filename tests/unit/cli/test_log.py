@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from tests.unit.journal.support import change, write
 from watchd.cli.log import Filters, log, path_prefix, run_log
 from watchd.errors import JournalError, UsageError
-from watchd.journal.cursor import format_cursor
 from watchd.journal.reader import extent
 from watchd.records import Change, Desync, Record, Start
 
@@ -60,7 +59,7 @@ def test_a_path_is_understood_however_it_is_written(text: str, prefix: bytes) ->
 
 def test_a_cursor_stands_behind_its_record(directory: Path) -> None:
     epoch = extent(directory).epoch
-    assert shown(directory, since=format_cursor(epoch, 4)) == [5, 6]
+    assert shown(directory, since=f"{epoch}:4") == [5, 6]
     assert shown(directory, since="beginning") == [1, 2, 3, 4, 5, 6]
     assert shown(directory, since="now") == []
 
