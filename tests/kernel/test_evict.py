@@ -1008,8 +1008,11 @@ def test_what_was_written_to_a_copy_that_a_crash_left_aside_is_put_back(m: Mount
             patch.setattr(standin.StandIn, "_drop", lambda self: os._exit(0))
             child = os.fork()
             if child == 0:
-                evict(view, [stale])
-            os.waitpid(child, 0)
+                try:
+                    evict(view, [stale])
+                finally:  # whatever happens, it must not go on as a second run of the tests
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0, "it did not come as far as it should"
         with open(m.merged + b"/d/file", "ab") as file:
             file.write(b" and more")
             assert m.tidy() == {}
