@@ -16,6 +16,7 @@ from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_PRIVATE, MS_REC, Belongings, Sandbox, mount
 from tests.kernel.sandbox import umount as sandbox_umount
 from tests.kernel.stacks import Image, is_makeable
+from watchd.kernel import namespaces
 from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
 
 
@@ -23,6 +24,7 @@ from watchd.kernel.namespaces import CLONE_NEWNS, Courier, unshare
 def own_mount_namespace() -> None:
     """Whatever is mounted from here on vanishes with this process, even if it is killed."""
     unshare(CLONE_NEWNS)
+    namespaces._own_namespace.cache_clear()  # a test that ran before may have asked for it
     mount(b"none", b"/", flags=MS_REC | MS_PRIVATE)
 
 
