@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -44,6 +45,19 @@ def mount(source: bytes, target: bytes, fstype: bytes = b"", *, flags: int = 0, 
 def umount(target: bytes) -> None:
     """umount(2), not lazy: it fails with EBUSY if anybody holds on to the mount."""
     _umount2(target, 0)
+
+
+def _umount_soon(target: bytes) -> None:
+    for _ in range(100):
+        try:
+            umount(target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            os.sched_yield()
+        else:
+            return
+    umount(target)
 
 
 def move_mount(detached: int, target: bytes) -> None:
@@ -199,13 +213,16 @@ class Sandbox:
         return inmate
 
     def tidy_up(self) -> None:
-        """Take everything back; a mount that is busy makes the test fail."""
+        """Take everything back; a mount that stays busy makes the test fail.
+
+        Whoever resolves a path, a stat of anybody's too, holds the mount that it ends in for microseconds.
+        """
         for inmate in self._inmates:
             inmate.end()
         for server in self._servers.values():
             server.go_on()
         for path in reversed(self._mounts):
-            umount(path)
+            _umount_soon(path)
             if path in self._servers:
                 self._servers[path].end()  # until then it uses what it served
 

@@ -28,6 +28,7 @@ from watchd.overlay.access import clone_directory, clone_mount_of
 from watchd.overlay.discovery import Discovery, Namespaces, find_namespaces, matches, read_overlays
 from watchd.overlay.layers import look_up
 from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedStack, View, device_name, device_number
+from watchd.overlay.mountids import MountIds, read_mount_ids
 from watchd.overlay.mountwatch import MountWatch
 from watchd.overlay.servers import Served, lies_on, served_mounts, servers_of, servers_on
 from watchd.service.layers import STUCK_S, Key, Layer, LayerBook, key_of
@@ -115,6 +116,7 @@ class MountBook:
         self._on_answer = on_answer
         self._lock = asyncio.Lock()
         self._namespaces = Namespaces({})
+        self._mount_ids: MountIds = {}
         self._served: dict[int, tuple[Served, ...]] = {}
         self._loop = asyncio.get_running_loop()
         self.next_answer: asyncio.Future[None] = self._loop.create_future()
@@ -139,7 +141,8 @@ class MountBook:
         async with self._lock:
             problems = await self._watch_configured()
             overlays = await in_thread(self._read_overlays, name="survey")
-            found = await survey(overlays, self.config.discovery, self._known(), self.courier, self._looking)
+            known, ids = self._known(), self._mount_ids
+            found = await survey(overlays, self.config.discovery, known, ids, self.courier, self._looking)
             self._tell_problems((*problems, *found.problems))
             await self._apply(found)
             await self._layers.retry(after_s=retry_after_s)
@@ -206,6 +209,7 @@ class MountBook:
         namespaces = find_namespaces(self.config.discovery.namespaces)
         self._watch.watch(namespaces.pids)
         self._namespaces = namespaces
+        self._mount_ids = read_mount_ids(namespaces.pids)
         self._served = {namespace: served_mounts(pid) for namespace, pid in namespaces.pids.items()}
         return read_overlays(namespaces)
 

@@ -2,8 +2,8 @@
 
 Facts
 * Device numbers of overlays are used again at once, and a mount that was unmounted and mounted again with the same options
-  looks the same in mountinfo. Mount ids of statx(2) are never used again (6.8), so they tell; where they cannot be had,
-  mountinfo has to do.
+  looks the same in mountinfo. Mount ids of listmount(2) and statx(2) are never used again (6.8), so they tell; where they
+  cannot be had, mountinfo has to do.
 * /proc, mountinfo included, waits for no filesystem.
 """
 
@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from watchd.config.schema import Discovery as Selection
-from watchd.errors import WatchdError
 from watchd.kernel.namespaces import Courier
-from watchd.kernel.statx import mount_of
-from watchd.overlay.access import in_view
 from watchd.overlay.discovery import Discovery, is_selected
 from watchd.overlay.layers import resolve
-from watchd.overlay.model import Overlay, ResolvedStack, device_number
+from watchd.overlay.model import Overlay, ResolvedStack
+from watchd.overlay.mountids import MountIds, mount_ids_of
 from watchd.service.patience import Patience, Waiting
 
 
@@ -49,7 +47,12 @@ _Seen = tuple[frozenset[int], ResolvedStack | None]
 
 
 async def survey(
-    found: Discovery, selection: Selection, known: Mapping[str, frozenset[int]], courier: Courier, patience: Patience
+    found: Discovery,
+    selection: Selection,
+    known: Mapping[str, frozenset[int]],
+    mount_ids: MountIds,
+    courier: Courier,
+    patience: Patience,
 ) -> Survey:
     """All selected overlays of those found. `known`: mount ids of those whose layers need not be looked up again, by device."""
     selected = [
@@ -58,7 +61,8 @@ async def survey(
         if is_selected(overlay, include=selection.include, exclude=selection.exclude)
     ]
     questions = {
-        _key(overlay): partial(_look, overlay, known.get(overlay.device, frozenset()), courier) for overlay in selected
+        _key(overlay): partial(_look, overlay, known.get(overlay.device, frozenset()), mount_ids, courier)
+        for overlay in selected
     }
     answers = await patience.ask(questions)
     return Survey({overlay.device: _sighting(overlay, answers[_key(overlay)]) for overlay in selected}, found.problems)
@@ -75,19 +79,6 @@ def _sighting(overlay: Overlay, answer: _Seen | Waiting) -> Sighting:
     return Sighting(overlay, *answer)
 
 
-def _look(overlay: Overlay, known: frozenset[int], courier: Courier) -> _Seen:
-    ids = _mount_ids(overlay, courier)
+def _look(overlay: Overlay, known: frozenset[int], mount_ids: MountIds, courier: Courier) -> _Seen:
+    ids = mount_ids_of(overlay, mount_ids, courier)
     return ids, None if ids & known else resolve(overlay, courier)
-
-
-def _mount_ids(overlay: Overlay, courier: Courier) -> frozenset[int]:
-    device = device_number(overlay.device)
-    ids = set()
-    for point in overlay.mount_points:
-        try:
-            found, mount = in_view(point.view, partial(mount_of, point.path), courier=courier)
-        except (OSError, WatchdError):
-            continue
-        if found == device:
-            ids.add(mount)
-    return frozenset(ids)
