@@ -14,7 +14,7 @@ from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from watchd import __version__
@@ -40,6 +40,9 @@ class Snapshot:
     journal_bytes: int = 0
     queue_bytes: int = 0
     muted_directories: int = 0
+    drop_caches: int = 0
+    drop_caches_refused: int = 0
+    """Host-wide drops, and those that came too early."""
 
 
 class Metrics:
@@ -160,6 +163,10 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "watchd_queue_bytes", "Events that the kernel holds for watchd to read.", value=now.queue_bytes
         )
+        drops = CounterMetricFamily("watchd_drop_caches", "Host-wide drops of caches asked for.", labels=["result"])
+        drops.add_metric(["done"], now.drop_caches)
+        drops.add_metric(["refused"], now.drop_caches_refused)
+        yield drops
         yield GaugeMetricFamily(
             "watchd_muted_directories",
             "Busy directories outside of all layers, not heard.",

@@ -33,6 +33,7 @@ CONTRACT = {
     "watchd_journal_sync_duration_seconds": ("histogram", set()),
     "watchd_queue_bytes": ("gauge", set()),
     "watchd_muted_directories": ("gauge", set()),
+    "watchd_drop_caches": ("counter", {"result"}),
     "watchd_config_last_reload_successful": ("gauge", set()),
     "watchd_config_last_reload_success_timestamp_seconds": ("gauge", set()),
 }

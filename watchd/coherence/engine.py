@@ -37,6 +37,9 @@ LISTINGS_AFTER_NS = 20_000_000
 """A pinned listing harms less than a wrong name and takes longer to see: it is looked at this long after names came or
 went, and no more often than the mount's budget allows."""
 
+HEIRS_MAX = 100
+"""Mounts that took the place of others and were not found yet; those that never are must not be remembered for ever."""
+
 WRITABLE = frozenset({"missing", "ghost", "replaced"})
 """Kinds of stale names through which somebody may do damage."""
 
@@ -478,7 +481,10 @@ class Engine:
         if heir := self._mounts.get(target.device):  # found already
             heir.actions = dict(Counter(heir.actions) + Counter(mount.actions))
         else:
-            self._inherited[target.device] = mount.actions
+            self._inherited = {
+                target.device: mount.actions,
+                **dict(itertools.islice(self._inherited.items(), HEIRS_MAX)),
+            }
         mount.removed = True
         if self._mounts.get(mount.target.device) is mount:
             del self._mounts[mount.target.device]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from watchd.coherence.report import stale_report
 from watchd.coherence.selection import targets
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale, View
-from watchd.errors import LayerError, MountError, NotPermittedError, RefusedError
+from watchd.errors import LayerError, MountError, NotPermittedError, WatchdError
 from watchd.kernel.namespaces import Courier
 
 
@@ -84,8 +85,6 @@ def _climb(target: Target, method: str, tools: Tools, before: Sequence[Stale]) -
 
 
 def _tidy(view: View) -> None:
-    """What has to stay is the next one's to take away."""
-    try:
+    """What has to stay, for whatever reason, is the next one's to take away."""
+    with contextlib.suppress(WatchdError, OSError):
         tidy(view)
-    except RefusedError:
-        return

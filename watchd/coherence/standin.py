@@ -148,10 +148,10 @@ class StandIn:
             self._upper.strike(note)
 
     def _make(self, note: Note) -> Replica:
-        source = -1
+        source: int | None = None
         try:
-            source = self._view.union.open(self._path) or -1
-            if source < 0:
+            source = self._view.union.open(self._path)
+            if source is None:
                 raise RefusedError("it went meanwhile")
             limit_bytes = self._view.target.evict_limit_bytes
             private = Marks(userxattr=self._view.target.userxattr).prefix
@@ -160,7 +160,7 @@ class StandIn:
             self._upper.strike(note)
             raise
         finally:
-            if source >= 0:
+            if source is not None:
                 os.close(source)
 
     def _exchange(self, note: Note, occupant: Occupant) -> Note | None:

@@ -211,8 +211,8 @@ def _clone_child(old: int, mount: Mount, child: Mount) -> int:
 def _replica(base: int, mount: Mount, peers: dict[tuple[int, bytes], int]) -> int:
     """A clone of `base`, or of a replica made before that is to be its peer or master."""
     group = mount.propagation
-    source = peers.get((group.shared, mount.root)) or peers.get((group.master, mount.root))
-    replica = open_tree_clone(source) if source else _clone_directory(base, mount.root.strip(b"/"))
+    source = peers.get((group.shared, mount.root), peers.get((group.master, mount.root)))
+    replica = open_tree_clone(source) if source is not None else _clone_directory(base, mount.root.strip(b"/"))
     mount_setattr(replica, attr_set=attribute_flags(mount.attributes), attr_clr=MOUNT_ATTR_ALL)
     is_peer = (group.shared, mount.root) in peers
     if group.master and not is_peer:

@@ -138,7 +138,8 @@ class Daemon:
         )
         stack.push_async_callback(self._mounts.close)
         stack.push_async_callback(self._layers.close)
-        self._metrics.show(partial(snapshot, self._mounts, self._layers, self._engine, self._journal))
+        parts = self._mounts, self._layers, self._engine, self._journal, self._drop_caches
+        self._metrics.show(partial(snapshot, *parts))
         self._loop.add_reader(self._mounts.fileno(), self._mounts_changed)
         stack.callback(self._loop.remove_reader, self._mounts.fileno())
         self._tell_unused()

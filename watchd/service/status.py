@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from watchd import __version__
+from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.engine import Engine, MountState
 from watchd.coherence.report import mount_report, name
 from watchd.coherence.view import Stale
@@ -57,7 +58,9 @@ def status(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal
     }
 
 
-def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal) -> Snapshot:
+def snapshot(
+    books: MountBook, layers: LayerBook, engine: Engine, journal: Journal, drop_caches: DropCaches
+) -> Snapshot:
     """What a scrape shows; called in the metrics server's threads, and copies before it looks."""
     standings = {mount.overlay.device: state_of(mount, engine) for mount in list(books.mounts.values())}
     return Snapshot(
@@ -69,6 +72,8 @@ def snapshot(books: MountBook, layers: LayerBook, engine: Engine, journal: Journ
         journal_bytes=journal.bytes,
         queue_bytes=layers.queue_bytes(),
         muted_directories=layers.muted_directories(),
+        drop_caches=drop_caches.count,
+        drop_caches_refused=drop_caches.refused,
     )
 
 
