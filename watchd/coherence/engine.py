@@ -94,6 +94,7 @@ class _Mount:
     suspects: dict[bytes, int] = field(default_factory=dict)
     listings: dict[bytes, None] = field(default_factory=dict)
     listings_at_ns: int = 0
+    list_all: bool = False
     must_act: bool = False
     displaced: str = ""
     upto: int = 0
@@ -232,20 +233,26 @@ class Engine:
         """Wait until everything told so far was worked on and what is stale was looked at anew; false at the deadline
         (CLOCK_MONOTONIC)."""
         with self._condition:
-            waiting = []
-            for device in devices:
-                if mount := self._mounts.get(device):
-                    mount.recheck_due |= bool(mount.stale or mount.untidy)
-                    mount.listings_at_ns = 0
-                    if mount.stale or mount.error or mount.listings or mount.untidy or mount.damage:
-                        self._ask(mount)
-                    waiting.append((mount, mount.rounds_asked))
-            self._condition.notify()
-            while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
-                remaining = deadline_ns - self._clock()
-                if remaining <= 0 or self._stopping:
-                    return False
-                self._over.wait(remaining / 1e9)
+            mounts = [mount for device in devices if (mount := self._mounts.get(device))]
+            # What was under way may have left listings to be compared.
+            return self._settle(mounts, deadline_ns) and (
+                not any(mount.listings for mount in mounts) or self._settle(mounts, deadline_ns)
+            )
+
+    def _settle(self, mounts: Iterable[_Mount], deadline_ns: int) -> bool:
+        waiting = []
+        for mount in mounts:
+            mount.recheck_due |= bool(mount.stale or mount.untidy)
+            mount.listings_at_ns, mount.list_all = 0, True
+            if mount.stale or mount.error or mount.listings or mount.untidy or mount.damage:
+                self._ask(mount)
+            waiting.append((mount, mount.rounds_asked))
+        self._condition.notify()
+        while any(mount.rounds_done < asked and not mount.removed for mount, asked in waiting):
+            remaining = deadline_ns - self._clock()
+            if remaining <= 0 or self._stopping:
+                return False
+            self._over.wait(remaining / 1e9)
         return True
 
     def state(self, device: str) -> MountState | None:
@@ -418,6 +425,7 @@ class Engine:
             mount.rounds_asked,
             listings=listings if lists else (),
             lists=lists,
+            lists_all=lists and mount.list_all,
             displaced=mount.displaced,
             stale_for_ns=now - mount.stale_since_ns if mount.stale else 0,
             recheck=thorough and mount.recheck_due,
@@ -428,6 +436,7 @@ class Engine:
         mount.suspects, mount.must_act, mount.oldest_ns = {}, False, None
         mount.queued, mount.busy, mount.begun_ns = False, True, now
         mount.recheck_due &= not thorough
+        mount.list_all &= not lists
         self._delayed.pop(mount, None)
         return task
 

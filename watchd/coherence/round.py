@@ -26,6 +26,12 @@ ANYTHING = sum(Kind)
 STALE_COUNTED_MAX = 1000
 """Verification before an action stops here: that much is stale, and all of it is verified again afterwards."""
 
+LISTINGS_TRIED_MAX = 4
+"""So few directories are tried at once, which mostly saves another round; more wait for it."""
+
+LISTING_SLICE_NS = 5_000_000
+"""Comparing listings keeps names of the mount waiting for no longer than this."""
+
 REPLACE_AFTER_NS = 50_000_000
 """What is held for less than this is not worth a new mount."""
 
@@ -47,6 +53,8 @@ class Task:
     """Directories in which names came or went before. Their listings are pinned by whoever has read and holds them."""
     lists: bool = False
     """It is time to compare listings."""
+    lists_all: bool = False
+    """All of them, however long that takes."""
     displaced: str = ""
     """Why a layer's path does not lead to the layer any more."""
     stale_for_ns: int = 0
@@ -168,27 +176,36 @@ def _find(view: View, target: Target, task: Task, *, thorough: bool) -> Finding:
     old = {entry.path: ANYTHING for entry in task.stale}
     known = tuple(view.stale(old, acted=True)) if old else ()
     new = _new(view, target, task)
-    listings, cost_ns = _listings(view, target, task)
-    if task.lists:
-        new |= {path: Stale(path, "listing") for path in listings if path not in old}
+    listings = _listings(view, target, task)
+    new |= {path: Stale(path, "listing") for path in listings.stale if path not in old}
     stale = (*(entry for entry in known if entry.path not in new), *new.values())
     if thorough and stale and not new:
         stale = view.pinned(stale)
-    return Finding(stale, bool(new), () if task.lists else listings, cost_ns)
+    return Finding(stale, bool(new), listings.later, listings.cost_ns)
 
 
-def _listings(view: View, target: Target, task: Task) -> tuple[list[bytes], int]:
-    """The directories whose listing is stale, if it is time to compare them, else those whose listing may be; and the CPU time
-    that it took."""
+class _Listings(NamedTuple):
+    stale: list[bytes]
+    later: Collection[bytes]
+    """Directories that are still to be compared."""
+    cost_ns: int = 0
+    """CPU time."""
+
+
+def _listings(view: View, target: Target, task: Task) -> _Listings:
     if len(target.layers) == 1:
-        return [], 0
+        return _Listings([], ())
     started_ns = time.thread_time_ns()
     touched = {path.rpartition(b"/")[0] for path, kinds in task.suspects.items() if kinds & STRUCTURE and path}
-    if task.lists:
-        found = [path for path in {*touched, *task.listings} if view.lists_otherwise(path)]
-    else:
-        found = [path for path in touched if view.may_list_from_memory(path)]
-    return found, time.thread_time_ns() - started_ns
+    if not task.lists:
+        few = len(touched) <= LISTINGS_TRIED_MAX
+        later = [path for path in touched if view.may_list_from_memory(path)] if few else touched
+        return _Listings([], later, time.thread_time_ns() - started_ns)
+    stale, pending = [], [*touched, *(path for path in task.listings if path not in touched)]
+    while pending and (task.lists_all or time.thread_time_ns() - started_ns < LISTING_SLICE_NS):
+        if view.lists_otherwise(path := pending.pop()):
+            stale.append(path)
+    return _Listings(stale, pending, time.thread_time_ns() - started_ns)
 
 
 def _new(view: View, target: Target, task: Task) -> dict[bytes, Stale]:
