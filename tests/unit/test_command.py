@@ -96,7 +96,9 @@ def test_nothing_of_the_daemon_is_passed_on(stage: Stage) -> None:
 
 def test_signals_that_python_ignores_are_not_ignored_in_the_command(stage: Stage) -> None:
     stage.shell("grep SigIgn /proc/self/status")
-    assert int(stage.said[0].split()[1], 16) == 0
+    ignored = int(stage.said[0].split()[1], 16)
+    # Nobody can set signals 32 and 33, which are glibc's own; its posix_spawn, which make uses, leaves them ignored.
+    assert ignored & ~(0b11 << 31) == 0
 
 
 def test_no_shell_takes_the_words_apart(stage: Stage) -> None:
