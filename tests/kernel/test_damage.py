@@ -7,11 +7,13 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
 from tests.kernel.accidents import replace
 from tests.kernel.sandbox import Options, Sandbox
+from tests.kernel.views import open_view
 from watchd.coherence.damage import (
     GONE,
     MOVED,
@@ -25,7 +27,6 @@ from watchd.coherence.damage import (
     remaining,
     upper_paths,
 )
-from watchd.coherence.handles import Handles
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.target import LayerRoot, Target
 from watchd.coherence.view import View
@@ -68,14 +69,8 @@ class Scene:
             userxattr=(b"userxattr", None) in options,
         )
 
-    @contextlib.contextmanager
-    def view(self) -> Iterator[View]:
-        handles = Handles()
-        try:
-            with View(self.target, handles) as view:
-                yield view
-        finally:
-            handles.expire()
+    def view(self) -> AbstractContextManager[View]:
+        return open_view(self.target)
 
     def on_disk(self) -> dict[bytes, str]:
         """What is found without having watched."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from tests.kernel.accidents import replace as swap
 from tests.kernel.images import WRITABLE, Images, has_tools_for
 from tests.kernel.running import Daemon
 from tests.kernel.sandbox import MS_BIND, MS_RDONLY, MS_REMOUNT, Sandbox, mount
+from tests.kernel.views import open_view
 from watchd.coherence import husk, standin
 from watchd.coherence.actions import Tools
 from watchd.coherence.damage import Window, find_damage
@@ -60,14 +62,8 @@ class Mounted:
     up: bytes
     target: Target
 
-    @contextlib.contextmanager
-    def view(self) -> Iterator[View]:
-        handles = Handles()
-        try:
-            with View(self.target, handles) as view:
-                yield view
-        finally:
-            handles.expire()
+    def view(self) -> AbstractContextManager[View]:
+        return open_view(self.target)
 
     def stale(self, *paths: bytes, kinds: int = STRUCTURE) -> list[Stale]:
         """What an invalidation does not heal."""

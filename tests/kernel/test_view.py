@@ -7,7 +7,7 @@ import functools
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Require
 from tests.kernel.images import READ_ONLY, WRITABLE, Images, has_tools_for
 from tests.kernel.sandbox import Sandbox
-from watchd.coherence.handles import Handles
+from tests.kernel.views import open_view
 from watchd.coherence.invalidate import invalidate
 from watchd.coherence.target import LayerRoot, Target
 from watchd.coherence.targets import CACHE_TELLS
@@ -53,14 +53,8 @@ class Merged:
     def __call__(self, name: bytes) -> bytes:
         return self.path + b"/" + name
 
-    @contextmanager
-    def view(self) -> Iterator[View]:
-        handles = Handles()
-        try:
-            with View(self.target, handles) as view:
-                yield view
-        finally:
-            handles.expire()
+    def view(self) -> AbstractContextManager[View]:
+        return open_view(self.target)
 
     def stale(self, suspects: dict[bytes, int], *, acted: bool = False) -> list[tuple[bytes, str]]:
         with self.view() as view:
