@@ -147,7 +147,8 @@ def work(target: Target, task: Task, tools: Tools, *, around: Sequence[Target] =
             climb = ladder.climb(methods, found.stale, doubted=task.must_act)
         stale, untidy = _remembering(climb.stale, task.stale), task.untidy
         if thorough and climb.replaced_by is None:
-            stale = view.pinned(stale) if stale else ()
+            if stale and (climb.tried or found.is_news):  # else nothing was done since the holders were asked for
+                stale = view.pinned(stale)
             untidy = _tidy(view, target, task, climb)
     if climb.replaced_by is not None or (task.must_act and "replace" in target.actions and not target.observe):
         # The view is closed, so a mount that was replaced may be gone now.
