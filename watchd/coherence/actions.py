@@ -38,11 +38,14 @@ def actions_on(view: View, target: Target, tools: Tools, *, around: Sequence[Tar
         invalidate_around(around)
         return Done(refused=evict(view, stale))
 
-    def replace_it(_: Sequence[Stale]) -> Done:
-        return Done(replaced_by=replace(target, tools.courier))
-
     def drop_caches(_: Sequence[Stale]) -> Done:
         tools.drop_caches.drop()
         return Done()
 
+    replace_it = replacing(target, tools)["replace"]
     return {"invalidate": invalidate_all, "evict": evict_each, "replace": replace_it, "drop_caches": drop_caches}
+
+
+def replacing(target: Target, tools: Tools) -> Mapping[str, Action]:
+    """The one action that needs no view of the mount."""
+    return {"replace": lambda _: Done(replaced_by=replace(target, tools.courier))}

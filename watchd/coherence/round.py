@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import msgspec
 
-from watchd.coherence.actions import Tools, actions_on
+from watchd.coherence.actions import Tools, actions_on, replacing
 from watchd.coherence.damage import Window, find_damage, remaining
 from watchd.coherence.evict import tidy
 from watchd.coherence.ladder import Climb, Ladder, Step
-from watchd.coherence.replace import clear_up, replace
+from watchd.coherence.replace import clear_up
 from watchd.coherence.target import Target
 from watchd.coherence.view import STRUCTURE, Stale, View
 from watchd.errors import RefusedError
@@ -274,18 +274,17 @@ def _tidy(view: View, target: Target, task: Task, climb: Climb) -> Collection[by
 
 def _replace_displaced(target: Target, task: Task, tools: Tools) -> Outcome:
     """The overlay goes on with layers that nobody can get at by path any more: only a new mount helps."""
-    reason = task.displaced
-    climb = Climb((), (Stale(b"", "layer", reason=reason),))
-    if "replace" in target.actions and not target.observe:
-        started_ns, started_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        try:
-            new = replace(target, tools.courier)
-        except RefusedError as refusal:
-            climb = Climb((), (Stale(b"", "layer", reason=f"{reason}; replace: {refusal}"),))
-        else:
-            duration_ns, cost_ns = time.monotonic_ns() - started_ns, time.thread_time_ns() - started_cpu_ns
-            climb = Climb((Step("replace", "coherent", 1, 0, duration_ns, cost_ns),), (), new)
-    found = Finding((Stale(b"", "layer"),))
+    layer = Stale(b"", "layer", reason=task.displaced)
+    methods = ("replace",) if "replace" in target.actions and not target.observe else ()
+    ladder = Ladder(
+        replacing(target, tools),
+        lambda new: (layer,) if new is None else _verify_new(new, tools, task.suspects, task),
+    )
+    climb = ladder.climb(methods, (layer,))
+    if climb.refusals:
+        layer = msgspec.structs.replace(layer, reason="; ".join((task.displaced, *climb.refusals)))
+        climb = replace(climb, stale=(layer,))
+    found = Finding((layer,))
     return Outcome(_outcome(target, task, found, climb, climb.stale, untidy=task.untidy), climb.stale, task.damage)
 
 
