@@ -15,7 +15,15 @@ import pytest
 from watchd.coherence import engine as module
 from watchd.coherence.actions import Tools
 from watchd.coherence.drop_caches import DropCaches
-from watchd.coherence.engine import INLINE_DURATION_MAX_NS, RECHECK_FIRST_NS, RECHECK_LAST_NS, Engine
+from watchd.coherence.engine import (
+    CALM,
+    INLINE_DURATION_MAX_NS,
+    RECHECK_FIRST_NS,
+    RECHECK_LAST_NS,
+    REPLACE_AFTER_NS,
+    REPLACE_AGAIN_MAX_NS,
+    Engine,
+)
 from watchd.coherence.handles import Handles
 from watchd.coherence.ladder import Step
 from watchd.coherence.round import ANYTHING, Outcome, Round, Task
@@ -50,6 +58,8 @@ class Call:
     ) -> None:
         self.target, self.suspects, self.must_act = target, dict(suspects), must_act
         self.upto, self.oldest_ns = upto, oldest_ns
+        self.may_replace = False
+        self._replaced_by: Target | None = None
         self.thread = threading.current_thread().name
         self._over = threading.Event()
         self._error: Exception | None = None
@@ -57,7 +67,14 @@ class Call:
         self._method: str | None = None
         self._duration_ns = 0
 
-    def end(self, *stale: bytes, method: str | None = None, duration_ns: int = 0) -> None:
+    def end(
+        self,
+        *stale: bytes,
+        method: str | None = None,
+        duration_ns: int = 0,
+        replaced_by: Target | None = None,
+    ) -> None:
+        self._replaced_by = replaced_by
         self._stale = tuple(Stale(path, "ghost") for path in stale)
         self._method, self._duration_ns = method, duration_ns
         self._over.set()
@@ -75,7 +92,8 @@ class Call:
         steps = ()
         if self._method:
             steps = (Step(self._method, result, stale, stale, self._duration_ns, self._duration_ns),)
-        return Outcome(Round(self.target, steps, result, stale, stale, self.upto, None), self._stale)
+        round = Round(self.target, steps, result, stale, stale, self.upto, None, replaced_by=self._replaced_by)
+        return Outcome(round, self._stale)
 
 
 class Stage:
@@ -104,6 +122,7 @@ class Stage:
     ) -> Outcome:
         suspects = {**task.suspects, **{stale.path: ANYTHING for stale in task.stale}}
         call = Call(target, suspects, task.must_act, task.upto, task.oldest_ns)
+        call.may_replace = task.may_replace
         self._begun.append(call)
         self._calls.put(call)
         return call.result()
@@ -495,6 +514,36 @@ def test_once_it_was_let_go_it_is_left_alone(stage: Stage) -> None:
     stage.told()
     stage.forward(RECHECK_FIRST_NS)
     stage.next().end()
+
+
+def held_until_replaced(stage: Stage, number: int) -> int:
+    """Nanoseconds that something is held in a mount until that may be replaced, which it is then."""
+    stage.suspect(b"pinned", device=f"0:{number}")
+    stage.next().end(b"pinned")
+    stage.told()
+    stale_since_ns, interval_ns = stage.clock.now_ns, RECHECK_FIRST_NS
+    while True:
+        stage.forward(interval_ns)
+        interval_ns = min(interval_ns * 2, RECHECK_LAST_NS)
+        call = stage.next()
+        if call.may_replace:
+            heir = target(f"0:{number + 1}")
+            call.end(method="replace", replaced_by=heir)
+            stage.told()
+            stage.keep(heir.device)
+            return stage.clock.now_ns - stale_since_ns
+        call.end(b"pinned")
+        stage.told()
+
+
+def test_a_name_that_is_pinned_again_and_again_has_its_mount_replaced_ever_less_often(stage: Stage) -> None:
+    stage.keep()
+    held_ns = [held_until_replaced(stage, number) for number in range(1, 15)]
+    for number, ns in enumerate(held_ns):
+        assert ns >= min(REPLACE_AFTER_NS << number, REPLACE_AGAIN_MAX_NS), number
+    assert held_ns[0] < 2 * REPLACE_AFTER_NS
+    stage.forward((CALM + 1) * REPLACE_AGAIN_MAX_NS)
+    assert held_until_replaced(stage, 15) == held_ns[0]
 
 
 def test_looking_again_and_again_at_a_busy_mount_piles_nothing_up(stage: Stage) -> None:

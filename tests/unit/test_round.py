@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from watchd.coherence.pins import Holder
-from watchd.coherence.round import ANYTHING, REPLACE_AFTER_NS, Finding, Task, worth_trying
+from watchd.coherence.round import ANYTHING, Finding, Task, worth_trying
 from watchd.coherence.target import Target
 from watchd.coherence.view import Stale
 
 ALL = ("invalidate", "evict", "replace", "drop_caches")
 STALE = Stale(b"a", "replaced")
 HELD = Stale(b"a", "replaced", (Holder(1, "sh", "open"),))
-RECHECK = Task({}, (STALE,), recheck=True, stale_for_ns=REPLACE_AFTER_NS)
+RECHECK = Task({}, (STALE,), recheck=True, may_replace=True)
 
 
 def target(*actions: str, observe: bool = False) -> Target:

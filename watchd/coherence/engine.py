@@ -40,6 +40,14 @@ went, and no more often than the mount's budget allows."""
 HEIRS_MAX = 100
 """Mounts that took the place of others and were not found yet; those that never are must not be remembered for ever."""
 
+REPLACE_AFTER_NS = 50_000_000
+"""What is held for less than this is not worth a new mount."""
+
+REPLACE_AGAIN_MAX_NS = 60_000_000_000
+CALM = 50
+"""Whoever works in a mount notices that it was replaced. So each replacement doubles how long something has to be held before
+there is another, up to REPLACE_AGAIN_MAX_NS, and CALM times as long without one begins anew."""
+
 WRITABLE = frozenset({"missing", "ghost", "replaced"})
 """Kinds of stale names through which somebody may do damage."""
 
@@ -116,7 +124,21 @@ class _Mount:
     stale: tuple[Stale, ...] = ()
     error: str = ""
     actions: dict[str, int] = field(default_factory=dict)
+    replace_after_ns: int = REPLACE_AFTER_NS
+    replaced_at_ns: int = 0
+    """When it took its predecessor's place; 0 if it had none."""
     removed: bool = False
+
+    def inherit(self, other: _Mount, now_ns: int) -> None:
+        """It was put in the place of the other one."""
+        self.actions = dict(Counter(self.actions) + Counter(other.actions))
+        self.replace_after_ns = min(2 * other.patience_ns(now_ns), REPLACE_AGAIN_MAX_NS)
+        self.replaced_at_ns = now_ns
+
+    def patience_ns(self, now_ns: int) -> int:
+        """How long something has to be held before this mount is replaced."""
+        is_calm = now_ns - self.replaced_at_ns > CALM * self.replace_after_ns
+        return REPLACE_AFTER_NS if is_calm else self.replace_after_ns
 
 
 class Engine:
@@ -148,8 +170,8 @@ class Engine:
         self._delayed: dict[_Mount, int] = {}
         """Mounts that have to wait, for their budget or to be looked at again -> until when."""
         self._stopping = False
-        self._inherited: dict[str, dict[str, int]] = {}
-        """How often which action was taken on the predecessor of a mount that was put in its place."""
+        self._ancestors: dict[str, _Mount] = {}
+        """The predecessor of a mount that was put in its place and not found yet."""
         self.flooded = 0
         self._limit = threads
         self._working: set[_Mount] = set()
@@ -162,8 +184,9 @@ class Engine:
     def add(self, target: Target) -> None:
         """Keep this mount coherent from now on; it is invalidated once, since what it cached before is not known."""
         with self._condition:
-            actions = self._inherited.pop(target.device, {})
-            self._mounts[target.device] = mount = _Mount(target, actions=actions)
+            self._mounts[target.device] = mount = _Mount(target)
+            if ancestor := self._ancestors.pop(target.device, None):
+                mount.inherit(ancestor, self._clock())
             mount.must_act = True
             self._ask(mount)
             self._condition.notify()
@@ -427,7 +450,7 @@ class Engine:
             lists=lists,
             lists_all=lists and mount.list_all,
             displaced=mount.displaced,
-            stale_for_ns=now - mount.stale_since_ns if mount.stale else 0,
+            may_replace=bool(mount.stale) and now - mount.stale_since_ns >= mount.patience_ns(now),
             recheck=thorough and mount.recheck_due,
             untidy=mount.untidy,
             wrong_since_ns=mount.wrong_since_ns,
@@ -488,12 +511,9 @@ class Engine:
     def _succeed(self, mount: _Mount, target: Target) -> None:
         """Another mount stands in its place; whoever keeps the books finds it there."""
         if heir := self._mounts.get(target.device):  # found already
-            heir.actions = dict(Counter(heir.actions) + Counter(mount.actions))
+            heir.inherit(mount, self._clock())
         else:
-            self._inherited = {
-                target.device: mount.actions,
-                **dict(itertools.islice(self._inherited.items(), HEIRS_MAX)),
-            }
+            self._ancestors = {target.device: mount, **dict(itertools.islice(self._ancestors.items(), HEIRS_MAX))}
         mount.removed = True
         if self._mounts.get(mount.target.device) is mount:
             del self._mounts[mount.target.device]

@@ -32,9 +32,6 @@ LISTINGS_TRIED_MAX = 4
 LISTING_SLICE_NS = 5_000_000
 """Comparing listings keeps names of the mount waiting for no longer than this."""
 
-REPLACE_AFTER_NS = 50_000_000
-"""What is held for less than this is not worth a new mount."""
-
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -57,7 +54,8 @@ class Task:
     """All of them, however long that takes."""
     displaced: str = ""
     """Why a layer's path does not lead to the layer any more."""
-    stale_for_ns: int = 0
+    may_replace: bool = False
+    """What is stale has been held for long enough to be worth a new mount."""
     recheck: bool = False
     """It is time to see whether what was left stale can be healed by now."""
     untidy: Collection[bytes] = ()
@@ -256,7 +254,7 @@ def worth_trying(target: Target, task: Task, found: Finding, *, thorough: bool) 
         left_out |= {"evict", "replace", "drop_caches"}
     elif not found.is_news and not task.must_act and all(entry.pinned_by for entry in found.stale):
         left_out |= {"invalidate", "drop_caches"}  # as long as it is held, dropping caches disturbs for nothing
-    if task.stale_for_ns < REPLACE_AFTER_NS:
+    if not task.may_replace:
         left_out |= {"replace"}
     return tuple(method for method in target.actions if method not in left_out)
 
