@@ -1,6 +1,7 @@
 """The journal: what happened to the layers, in order, on disk.
 
     format     pure: bytes <-> segment headers and frames (the byte tables are in docs/journal.md)
+    disk       all operations on files, in one place
     segments   segment files: names, creation, scanning
     state      what opening must know, carried along record by record
     recovery   takes the journal as a crash left it to a journal that can be appended to

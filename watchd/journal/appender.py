@@ -6,58 +6,52 @@ users of the default executor cannot delay the journal.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import ParamSpec, TypeVar
 
-import aiofiles
 import aiofiles.os
 
+from watchd.journal.disk import Disk, File, write_all
 from watchd.journal.format import Checkpoint, Entry, decode_header, encode_frames, encode_header
 from watchd.journal.recovery import Opened, begin_segment
 from watchd.journal.segments import create_segment, segment_path
 from watchd.journal.state import JournalState
 
-if TYPE_CHECKING:
-    from aiofiles.threadpool.binary import AsyncFileIO
-
+P = ParamSpec("P")
 T = TypeVar("T")
-
-_fdatasync = aiofiles.os.wrap(os.fdatasync)
 
 
 class Appender:
-    """Owns the segment's descriptor. After any method raised, nothing but `close` may be called."""
+    """Owns the segment's file. After any method raised, nothing but `close` may be called."""
 
     def __init__(
-        self, directory: Path, opened: Opened, *, executor: ThreadPoolExecutor, segment_size_bytes: int
+        self, directory: Path, opened: Opened, *, disk: Disk, executor: ThreadPoolExecutor, segment_size_bytes: int
     ) -> None:
-        self._directory = directory
+        self._directory, self._disk = directory, disk
         self._executor = executor
         self._segment_size_bytes = segment_size_bytes
         self._header = opened.header
         self._size = opened.end
         self._state = JournalState(opened.checkpoint)
         self._synced = True
-        self._file: AsyncFileIO | None = None
+        self._file: File | None = None
         self.last_seq = opened.last_seq
         """Of the last record that was written."""
 
     async def open(self) -> None:
         """Opens the segment's file. Raises OSError."""
         path = segment_path(self._directory, self._header.first_seq)
-        self._file = await aiofiles.open(path, "ab", buffering=0, executor=self._executor)
+        self._file = await self._run(self._disk.open, path, os.O_WRONLY)
 
     async def close(self) -> None:
         """Closes the segment's file, if it is open."""
         if self._file:
             file, self._file = self._file, None
-            await file.close()
+            await self._run(file.close)
 
     async def append(self, entries: Sequence[Entry]) -> int:
         """Writes `entries` and returns by how many bytes the journal grew. Raises OSError, or JournalError for an entry
@@ -71,18 +65,19 @@ class Appender:
                 # No segment can follow one without records: it would have the same name. A checkpoint only saves
                 # the next start some looking, so it is left out rather than written without bound.
                 entries = [entry for entry in entries if not isinstance(entry, Checkpoint)]
-        frames = await self._run(partial(self._encode, entries))
+        frames = await self._run(self._encode, entries)
         await self._write(frames)
         return grown + len(frames)
 
     async def sync(self) -> None:
         """Returns when everything that was appended is on disk. Raises OSError."""
         if self._file and not self._synced:
-            await _fdatasync(self._file.fileno(), executor=self._executor)
+            await self._run(self._file.sync)
             self._synced = True
 
-    async def _run(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+    async def _run(self, call: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+        """In the journal's own thread."""
+        return await aiofiles.os.wrap(call)(*arguments, executor=self._executor, **keywords)
 
     def _encode(self, entries: Sequence[Entry]) -> bytes:
         frames = encode_frames(entries, self.last_seq, seed=self._header.crc, synced=self._synced)
@@ -92,10 +87,7 @@ class Appender:
     async def _write(self, frames: bytes) -> None:
         assert self._file
         self._synced = False
-        view = memoryview(frames)
-        while view:
-            # A write that a full disk cut short is followed by one that fails and says why.
-            view = view[await self._file.write(view) :]
+        await self._run(write_all, self._file, frames, self._size)
         self._size += len(frames)
 
     async def _begin_segment(self) -> int:
@@ -104,7 +96,7 @@ class Appender:
         first_seq = self.last_seq + 1
         header = encode_header(self._header.epoch, first_seq, time.time_ns())
         content = begin_segment(header, self.last_seq, self._state.checkpoint())
-        await self._run(partial(create_segment, self._directory, first_seq, content))
+        await self._run(create_segment, self._directory, first_seq, content, disk=self._disk)
         await self.close()
         self._header = decode_header(header)
         self._size = len(content)

@@ -16,6 +16,7 @@ from typing import Final, Self
 import msgspec
 
 from watchd.errors import JournalError
+from watchd.journal.disk import REAL, Disk
 from watchd.journal.format import HEADER_BYTES, NOTE, Checkpoint, Scan, decode_entry
 from watchd.journal.segments import NO_JOURNAL, VERIFY, Segment, decode_failure, list_segments
 from watchd.records import Record
@@ -49,20 +50,20 @@ class Position(msgspec.Struct, frozen=True):
 class Follower:
     """Reads a journal from a point on, and goes on reading as it grows. Owns one descriptor, of the current segment."""
 
-    def __init__(self, directory: Path, start: int | Position = 0) -> None:
+    def __init__(self, directory: Path, start: int | Position = 0, *, disk: Disk = REAL) -> None:
         """Begins behind the record with the number `start`, or with the oldest one that there is.
 
         Raises JournalError when there is no journal or its segment is damaged.
         """
-        self._directory = directory
+        self._directory, self._disk = directory, disk
         if isinstance(start, Position):
             self._since = start.seq
             self.position = start
         else:
             self._since = start
-            first = _find_segment(directory, start + 1)
+            first = _find_segment(directory, start + 1, disk)
             self.position = Position(first, HEADER_BYTES, first - 1)
-        self._segment = Segment(directory, self.position.segment)
+        self._segment = Segment(directory, self.position.segment, disk=disk)
 
     @property
     def epoch(self) -> str:
@@ -124,7 +125,7 @@ class Follower:
         return self._segment.damage(self.position.offset, self.position.seq, fault)
 
     def _following_segment(self) -> int | None:
-        firsts = list_segments(self._directory)
+        firsts = list_segments(self._directory, disk=self._disk)
         index = bisect_right(firsts, self.position.segment)
         return firsts[index] if index < len(firsts) else None
 
@@ -132,7 +133,7 @@ class Follower:
         """Goes on with the next segment."""
         if first_seq != self.position.seq + 1:
             raise self._damage(f"the next segment begins with record {first_seq}")
-        segment = Segment(self._directory, first_seq)
+        segment = Segment(self._directory, first_seq, disk=self._disk)
         if segment.header.epoch != self._segment.header.epoch:
             segment.close()
             raise JournalError(f"{segment.path} belongs to another journal than its predecessor", remedy=VERIFY)
@@ -141,31 +142,31 @@ class Follower:
         self.position = Position(first_seq, HEADER_BYTES, first_seq - 1)
 
 
-def read(directory: Path, since: int = 0) -> Iterator[NumberedRecord]:
+def read(directory: Path, since: int = 0, *, disk: Disk = REAL) -> Iterator[NumberedRecord]:
     """All records behind number `since`, up to what is there now. Raises JournalError like `Follower`."""
-    with Follower(directory, since) as follower:
+    with Follower(directory, since, disk=disk) as follower:
         while records := follower.poll():
             yield from records
 
 
-def extent(directory: Path) -> Extent:
+def extent(directory: Path, *, disk: Disk = REAL) -> Extent:
     """What the journal holds. Checks its last segment. Raises JournalError when there is none or it is damaged."""
-    first_seq = _segments(directory)[0]
-    with Follower(directory, _END) as follower:
+    first_seq = _segments(directory, disk)[0]
+    with Follower(directory, _END, disk=disk) as follower:
         nothing = follower.poll()
         assert not nothing
         return Extent(follower.epoch, first_seq, follower.position.seq)
 
 
-def _segments(directory: Path) -> list[int]:
+def _segments(directory: Path, disk: Disk) -> list[int]:
     """The segments there are, at least one."""
-    firsts = list_segments(directory)
+    firsts = list_segments(directory, disk=disk)
     if not firsts:
         raise JournalError(f"there is no journal in {directory}", remedy=NO_JOURNAL)
     return firsts
 
 
-def _find_segment(directory: Path, seq: int) -> int:
+def _find_segment(directory: Path, seq: int, disk: Disk) -> int:
     """The segment that holds record `seq`; the oldest one when it is gone, the last one when it is still to come."""
-    firsts = _segments(directory)
+    firsts = _segments(directory, disk)
     return firsts[max(bisect_right(firsts, seq) - 1, 0)]

@@ -8,7 +8,6 @@ damaged the journal, and opening is refused until a person has looked at it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Final
 import msgspec
 
 from watchd.errors import JournalError
+from watchd.journal.disk import REAL, Disk, File, write_all
 from watchd.journal.format import (
     CHANGE_TYPE,
     FIRST_SEQ,
@@ -37,8 +37,6 @@ from watchd.journal.segments import (
     decode_failure,
     disk_errors,
     list_segments,
-    segment_path,
-    sync_directory,
     write_file,
 )
 from watchd.journal.state import JournalState
@@ -79,48 +77,48 @@ class Opened(msgspec.Struct, frozen=True):
         return Recovered(note.layers, note.stopped, note.last_time_ns, self.torn)
 
 
-def lock(directory: Path) -> int:
-    """Makes this process the directory's only writer until the returned descriptor is closed.
+def lock(directory: Path, *, disk: Disk = REAL) -> File:
+    """Makes this process the directory's only writer until the returned file is closed.
 
     Creates the directory. Raises JournalError when it cannot, or when there is a writer.
     """
     with disk_errors(f"cannot use the journal directory {directory}"):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        disk.make_directory(directory)
+        file = disk.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        file.lock()
+        file.truncate(0)
+        write_all(file, b"%d\n" % os.getpid(), 0)
     except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        os.close(fd)
+        holder = file.pread(32, 0).decode("ascii", "replace").strip()
+        file.close()
         by = f"process {holder}" if holder.isdigit() else "another process"
         raise JournalError(
             f"the journal {directory} is being written by {by}",
             remedy="stop it, or give this one another state_directory",
         ) from None
     except OSError as error:
-        os.close(fd)
+        file.close()
         raise JournalError(f"cannot lock the journal {directory}: {error.strerror}") from error
-    return fd
+    return file
 
 
-def recover(directory: Path) -> Opened:
+def recover(directory: Path, *, disk: Disk = REAL) -> Opened:
     """Opens the locked directory, which may be empty. Raises JournalError when it is damaged or cannot be written."""
-    firsts = list_segments(directory)
+    firsts = list_segments(directory, disk=disk)
     with disk_errors(f"cannot write to the journal {directory}"):
-        for name in directory.glob("*.wal.tmp"):
-            name.unlink()
+        for name in disk.names(directory):
+            if name.endswith(".wal.tmp"):
+                disk.unlink(directory / name)
         if not firsts:
             header = encode_header(os.urandom(8), FIRST_SEQ, time.time_ns())
-            create_segment(directory, FIRST_SEQ, begin_segment(header, FIRST_SEQ - 1, Checkpoint({})))
-            sync_directory(directory.parent)
+            create_segment(directory, FIRST_SEQ, begin_segment(header, FIRST_SEQ - 1, Checkpoint({})), disk=disk)
+            disk.sync_directory(directory.parent)
             firsts = [FIRST_SEQ]
-        sync_directory(directory)
-    _check_headers(directory, firsts)
-    with Segment(directory, firsts[-1]) as segment:
-        opened = _recover_segment(segment, firsts[0])
-    earlier = sum(segment_path(directory, first).stat().st_size for first in firsts[:-1])
+        disk.sync_directory(directory)
+    earlier = _check_headers(directory, firsts, disk)
+    with Segment(directory, firsts[-1], disk=disk) as segment:
+        opened = _recover_segment(segment, firsts[0], disk)
     return msgspec.structs.replace(opened, bytes=earlier + opened.end)
 
 
@@ -130,17 +128,20 @@ def begin_segment(header: bytes, last_seq: int, checkpoint: Checkpoint) -> bytes
     return header + encode_frames([checkpoint], last_seq, seed=seed, synced=True)
 
 
-def _check_headers(directory: Path, firsts: list[int]) -> None:
-    """All segments must belong to the same journal."""
+def _check_headers(directory: Path, firsts: list[int], disk: Disk) -> int:
+    """All segments must belong to the same journal; returns the size of all but the last."""
     epoch = None
+    earlier = size = 0
     for first in firsts:
-        with Segment(directory, first) as segment:
+        with Segment(directory, first, disk=disk) as segment:
             if epoch not in (None, segment.header.epoch):
                 raise JournalError(f"{segment.path} belongs to another journal than its predecessor", remedy=VERIFY)
             epoch = segment.header.epoch
+            earlier, size = earlier + size, segment.size()
+    return earlier
 
 
-def _recover_segment(segment: Segment, first_seq: int) -> Opened:
+def _recover_segment(segment: Segment, first_seq: int, disk: Disk) -> Opened:
     """Reads the last segment to its end and cuts a torn tail off."""
     state = JournalState()
     offset, last_seq = HEADER_BYTES, segment.header.first_seq - 1
@@ -157,7 +158,7 @@ def _recover_segment(segment: Segment, first_seq: int) -> Opened:
     if buffer:
         if segment.is_damage(buffer, found, offset, last_seq):
             raise segment.damage(offset, last_seq, found.fault)
-        torn = _set_tail_aside(segment, offset)
+        torn = _set_tail_aside(segment, offset, disk)
     segment.sync(offset)
     return Opened(segment.header, offset, first_seq, last_seq, 0, state.checkpoint(), torn)
 
@@ -177,24 +178,23 @@ def _apply(segment: Segment, state: JournalState, buffer: bytes, found: Scan, of
             state.apply(entry, seq)
 
 
-def _set_tail_aside(segment: Segment, end: int) -> Path:
+def _set_tail_aside(segment: Segment, end: int, disk: Disk) -> Path:
     """Copies what follows `end` to a file of its own, then cuts it off."""
     path = segment.path
-    with disk_errors(f"cannot set the torn tail of {path} aside"), open(path, "r+b", buffering=0) as file:
-        tail = os.pread(file.fileno(), os.fstat(file.fileno()).st_size - end, end)
-        aside = _write_aside(path, end, tail)
-        sync_directory(path.parent)
+    with disk_errors(f"cannot set the torn tail of {path} aside"), disk.open(path, os.O_RDWR) as file:
+        aside = _write_aside(path, end, file.pread(file.size() - end, end), disk)
+        disk.sync_directory(path.parent)
         file.truncate(end)
-        os.fsync(file.fileno())
+        file.sync()
     return aside
 
 
-def _write_aside(path: Path, end: int, tail: bytes) -> Path:
+def _write_aside(path: Path, end: int, tail: bytes, disk: Disk) -> Path:
     """Writes `<segment>-<offset>[-<n>].torn`; an older one of that name stays."""
     number = 0
     while True:
         aside = path.with_name(f"{path.stem}-{end}{f'-{number}' if number else ''}.torn")
         with suppress(FileExistsError):
-            write_file(aside, tail, flags=os.O_EXCL)
+            write_file(aside, tail, flags=os.O_EXCL, disk=disk)
             return aside
         number += 1

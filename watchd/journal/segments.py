@@ -4,10 +4,7 @@ A segment `00000000000000000001.wal` is named after its first sequence number in
 do. It is written under a name that ends in `.tmp` and renamed when it is on disk with its header and first frames:
 a `.wal` file without a good header is damaged, never unfinished.
 
-Facts about files that this relies on. A name is durable only when its directory was fsynced. fdatasync on any
-descriptor of a file, a read-only one too, puts all its data on disk; on filesystems that cannot be written it fails
-with EINVAL or EROFS. A file that is only ever appended to has, at any moment, a prefix of what was written to it,
-unless the machine went down.
+Fact: fdatasync fails with EINVAL or EROFS on a filesystem that cannot be written, where everything is on disk.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from watchd.errors import JournalError
+from watchd.journal.disk import REAL, Disk, write_all
 from watchd.journal.format import (
     HEADER_BYTES,
     Scan,
@@ -42,41 +40,27 @@ def segment_path(directory: Path, first_seq: int) -> Path:
     return directory / f"{first_seq:020}.wal"
 
 
-def list_segments(directory: Path) -> list[int]:
+def list_segments(directory: Path, *, disk: Disk = REAL) -> list[int]:
     """First sequence numbers of all segments, ascending. Raises JournalError when the directory cannot be listed."""
     with disk_errors(f"cannot list the journal {directory}"):
-        names = os.listdir(directory)
+        names = disk.names(directory)
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
-def create_segment(directory: Path, first_seq: int, content: bytes) -> None:
+def create_segment(directory: Path, first_seq: int, content: bytes, *, disk: Disk = REAL) -> None:
     """Puts a segment that holds `content` on disk, whole or not at all. Raises OSError."""
     path = segment_path(directory, first_seq)
     temporary = path.with_suffix(".wal.tmp")
-    write_file(temporary, content, flags=os.O_TRUNC)
-    os.rename(temporary, path)
-    sync_directory(directory)
+    write_file(temporary, content, flags=os.O_TRUNC, disk=disk)
+    disk.rename(temporary, path)
+    disk.sync_directory(directory)
 
 
-def write_file(path: Path, content: bytes, *, flags: int) -> None:
-    """Writes and fsyncs a new file; `flags` is O_TRUNC or O_EXCL. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in `directory` durable. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def write_file(path: Path, content: bytes, *, flags: int, disk: Disk = REAL) -> None:
+    """Writes a new file and puts its data on disk; `flags` is O_TRUNC or O_EXCL. Raises OSError."""
+    with disk.open(path, os.O_WRONLY | os.O_CREAT | flags) as file:
+        write_all(file, content, 0)
+        file.sync()
 
 
 @contextmanager
@@ -106,12 +90,12 @@ def _remedy(number: int | None) -> str:
 class Segment:
     """An open segment, read-only. Owns its descriptor."""
 
-    def __init__(self, directory: Path, first_seq: int) -> None:
+    def __init__(self, directory: Path, first_seq: int, *, disk: Disk = REAL) -> None:
         """Raises JournalError when the file cannot be opened or its header is not good."""
         self.path = segment_path(directory, first_seq)
         self._synced_bytes = 0
         with disk_errors(f"cannot open {self.path}"):
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = disk.open(self.path, os.O_RDONLY)
         try:
             self.header = self._read_header(first_seq)
         except BaseException:
@@ -131,7 +115,7 @@ class Segment:
 
     def close(self) -> None:
         """Closes the descriptor."""
-        os.close(self._fd)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -141,11 +125,11 @@ class Segment:
 
     def _pread(self, size: int, offset: int) -> bytes:
         with disk_errors(f"cannot read {self.path} at byte {offset}"):
-            return os.pread(self._fd, size, offset)
+            return self._file.pread(size, offset)
 
     def size(self) -> int:
         """Bytes in the file now."""
-        return os.fstat(self._fd).st_size
+        return self._file.size()
 
     def sync(self, upto: int) -> None:
         """Puts the bytes before offset `upto` on disk, whoever wrote them. Raises JournalError."""
@@ -153,7 +137,7 @@ class Segment:
             return
         size = self.size()
         try:
-            os.fdatasync(self._fd)
+            self._file.sync()
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EROFS):
                 raise disk_error(f"cannot put {self.path} on disk", error) from error

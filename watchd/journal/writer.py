@@ -12,11 +12,11 @@ again: the journal has failed for good, and the next `open` finds out what reach
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -24,6 +24,7 @@ import msgspec
 
 from watchd.errors import JournalError
 from watchd.journal.appender import Appender
+from watchd.journal.disk import REAL, Disk
 from watchd.journal.format import Checkpoint, Entry, LayerMark
 from watchd.journal.recovery import Opened, Recovered, lock, recover
 from watchd.journal.segments import disk_error, disk_errors
@@ -107,7 +108,12 @@ class Journal:
 
     @classmethod
     async def open(
-        cls, directory: Path, settings: JournalSettings, *, on_commit: CommitObserver | None = None
+        cls,
+        directory: Path,
+        settings: JournalSettings,
+        *,
+        on_commit: CommitObserver | None = None,
+        disk: Disk = REAL,
     ) -> Journal:
         """Creates the directory or recovers what the last run left in it, and becomes its only writer.
 
@@ -116,10 +122,10 @@ class Journal:
         loop = asyncio.get_running_loop()
         size = settings.segment_size_bytes
         with ExitStack() as stack:
-            stack.callback(os.close, await loop.run_in_executor(None, lock, directory))
+            stack.enter_context(await loop.run_in_executor(None, partial(lock, directory, disk=disk)))
             executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="journal"))
-            opened = await loop.run_in_executor(executor, recover, directory)
-            appender = Appender(directory, opened, executor=executor, segment_size_bytes=size)
+            opened = await loop.run_in_executor(executor, partial(recover, directory, disk=disk))
+            appender = Appender(directory, opened, disk=disk, executor=executor, segment_size_bytes=size)
             with disk_errors(f"cannot write to the journal {directory}"):
                 await appender.open()
             resources = stack.pop_all()

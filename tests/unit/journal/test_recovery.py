@@ -176,8 +176,8 @@ def test_a_second_writer_is_told_who_the_first_is(directory: Path) -> None:
     held = lock(directory)
     with pytest.raises(JournalError, match=f"being written by process {os.getpid()}"):
         lock(directory)
-    os.close(held)
-    os.close(lock(directory))
+    held.close()
+    lock(directory).close()
 
 
 def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
