@@ -9,6 +9,9 @@ added at the end and never reordered (docs/journal.md).
 from __future__ import annotations
 
 import enum
+import os
+import struct
+from typing import NamedTuple
 
 import msgspec
 
@@ -31,6 +34,43 @@ class Via(enum.IntEnum):
     POLL = 2
 
 
+class Status(NamedTuple):
+    """What stat(2) tells of an object, as far as a change of it shows there."""
+
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    ctime_ns: int
+    mtime_ns: int
+
+
+STATUS = struct.Struct("<IIIQqq")
+"""The fields of `Status` in 36 bytes."""
+
+_TIME_MAX = (1 << 63) - 1
+
+
+def pack_status(status: os.stat_result) -> bytes:
+    """The bytes for `Change.status`."""
+    try:
+        return STATUS.pack(
+            status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ctime_ns, status.st_mtime_ns
+        )
+    except (
+        struct.error
+    ):  # users can set times that no 64 bits of nanoseconds hold, on filesystems that can (btrfs, tmpfs)
+        ctime_ns, mtime_ns = (
+            max(-_TIME_MAX, min(_TIME_MAX, time_ns)) for time_ns in (status.st_ctime_ns, status.st_mtime_ns)
+        )
+        return STATUS.pack(status.st_mode, status.st_uid, status.st_gid, max(0, status.st_size), ctime_ns, mtime_ns)
+
+
+def unpack_status(packed: bytes) -> Status:
+    """What `pack_status` packed. Raises struct.error if it is no such thing."""
+    return Status(*STATUS.unpack(packed))
+
+
 class Change(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """A name of a layer that changed, as it was when watchd looked at it."""
 
@@ -47,6 +87,8 @@ class Change(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     pid: int | None = None
     command: bytes | None = None
     via: int = Via.EVENT
+    status: bytes | None = None
+    """`Status`, packed, as looked at together with `inode`; None if it does not exist."""
 
 
 class Desync(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):

@@ -10,7 +10,7 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
-from watchd.records import Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
+from watchd.records import STATUS, Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via, unpack_status
 
 
 def to_json(seq: int, record: Record) -> dict[str, Any]:
@@ -85,9 +85,23 @@ def _change(change: Change) -> dict[str, Any]:
         "is_dir": change.is_dir,
         **(_name("from", change.from_path) if change.from_path is not None else {}),
         **({"inode": change.inode} if change.inode is not None else {}),
+        **_status(change.status),
         **({"pid": change.pid} if change.pid is not None else {}),
         **(_name("command", change.command) if change.command is not None else {}),
         "via": via_name(change.via),
+    }
+
+
+def _status(packed: bytes | None) -> dict[str, Any]:
+    if packed is None or len(packed) != STATUS.size:
+        return {}
+    status = unpack_status(packed)
+    return {
+        "mode": f"{status.mode:o}",
+        "uid": status.uid,
+        "gid": status.gid,
+        "size": status.size,
+        "mtime": format_time(status.mtime_ns),
     }
 
 

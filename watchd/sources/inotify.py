@@ -23,6 +23,7 @@ Facts and what they mean for us
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -35,7 +36,7 @@ from typing import Any
 
 from watchd.errors import LayerError, UnsupportedError
 from watchd.kernel.files import O_PATH_DIRECTORY
-from watchd.records import Change, Kind
+from watchd.records import Change, Kind, pack_status
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
 from watchd.sources.walk import Directory, Walk, join, open_below
@@ -480,10 +481,23 @@ class _Found:
             if name in touched:
                 continue
             if len(self.changes) < FOUND_LIMIT:
-                path = join(self._base, directory.child(name))
-                self.changes.append(
-                    Change(self._time_ns, self._layer, path, Kind.CREATE, True, is_dir, inode=entry.inode())
-                )
+                self._tell(join(self._base, directory.child(name)), entry, is_dir=is_dir)
             else:
                 self.moved_in[MovedIn(self._layer, join(self._base, self._top))] = None
         return subdirectories
+
+    def _tell(self, path: bytes, entry: os.DirEntry[str], *, is_dir: bool) -> None:
+        with contextlib.suppress(OSError):  # gone again: nobody has heard of it, and its end is an event
+            status = entry.stat(follow_symlinks=False)
+            self.changes.append(
+                Change(
+                    self._time_ns,
+                    self._layer,
+                    path,
+                    Kind.CREATE,
+                    True,
+                    is_dir,
+                    inode=status.st_ino,
+                    status=pack_status(status),
+                )
+            )

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import msgspec
 
-from watchd.records import Change, Kind
+from watchd.records import Change, Kind, Via, pack_status
 
 SELF = b"."
 
-_ATTRIB = int(Kind.ATTRIB)  # a flag is slow to test with
+_ATTRIB, _EVENT = int(Kind.ATTRIB), int(Via.EVENT)  # flags are slow
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -55,7 +55,7 @@ def look(
     """
     changes = []
     for touch in touches:
-        exists, is_dir, inode = False, touch.was_dir, None
+        exists, is_dir, inode, packed = False, touch.was_dir, None, None
         if directory is not None:
             try:
                 status = os.stat(touch.name, dir_fd=directory, follow_symlinks=False)
@@ -64,6 +64,7 @@ def look(
             else:
                 exists = status.st_nlink > 0  # 0: a directory that was removed while somebody holds it open
                 is_dir, inode = stat.S_ISDIR(status.st_mode), status.st_ino
+                packed = pack_status(status) if exists else None
                 if linked is not None and touch.kinds & _ATTRIB and status.st_nlink > 1 and not is_dir:
                     linked.add(layer)
         changes.append(
@@ -77,6 +78,9 @@ def look(
                 touch.from_path,
                 inode,
                 touch.pid,
+                None,
+                _EVENT,
+                packed,
             )
         )
     return changes

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from watchd.errors import LayerError
 from watchd.kernel.statx import birth_time_ns
-from watchd.records import Change, Kind, Via
+from watchd.records import Change, Kind, Via, pack_status
 from watchd.sources.base import WatchedLayer
 from watchd.sources.walk import Directory, Walk
 
@@ -135,4 +135,14 @@ def _look(
 def _change(layer: WatchedLayer, path: bytes, kinds: int, status: os.stat_result, *, is_dir: bool) -> Change | None:
     if not kinds:
         return None
-    return Change(time.time_ns(), layer.name, path, kinds, True, is_dir, inode=status.st_ino, via=Via.SCAN)
+    return Change(
+        time.time_ns(),
+        layer.name,
+        path,
+        kinds,
+        True,
+        is_dir,
+        inode=status.st_ino,
+        via=Via.SCAN,
+        status=pack_status(status),
+    )

@@ -66,6 +66,7 @@ records = st.one_of(
         st.none() | st.integers(0, 2**31),
         st.none() | _PATHS,
         st.integers(0, 2),
+        st.none() | st.binary(min_size=36, max_size=36),
     ),
     st.builds(Desync, _INTEGERS, _NAMES, _NAMES),
     st.builds(Resync, _INTEGERS, _NAMES, _INTEGERS, _INTEGERS),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.unit.journal.support import records
 from watchd.journal.render import printable, to_json, to_text
-from watchd.records import Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
+from watchd.records import STATUS, Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
 
 T = 1_700_000_000_000_000_009
 HEAD = {"seq": 4, "time": "2023-11-14T22:13:20.000000009Z"}
@@ -20,9 +20,11 @@ HEAD = {"seq": 4, "time": "2023-11-14T22:13:20.000000009Z"}
     ("record", "expected"),
     [
         (
-            Change(T, "base", b"a/b", Kind.CREATE | Kind.RENAME | Kind.ATTRIB, True, False, b"c", 7, 8, b"mv"),
+            Change(T, "base", b"a/b", Kind.CREATE | Kind.RENAME | Kind.ATTRIB, True, False, b"c", 7, 8, b"mv",
+                   status=STATUS.pack(0o100644, 3, 4, 5, T, T)),
             {"type": "change", "layer": "base", "path": "a/b", "kinds": ["create", "rename", "attrib"], "exists": True,
-             "is_dir": False, "from": "c", "inode": 7, "pid": 8, "command": "mv", "via": "event"},
+             "is_dir": False, "from": "c", "inode": 7, "mode": "100644", "uid": 3, "gid": 4, "size": 5,
+             "mtime": HEAD["time"], "pid": 8, "command": "mv", "via": "event"},
         ),
         (
             Change(T, "base", b"\xff", Kind.DELETE | Kind.MODIFY, False, True, via=Via.SCAN),
