@@ -14,7 +14,7 @@ import msgspec
 
 from watchd.cli.options import config_option, json_option
 from watchd.config import load
-from watchd.journal.cursor import parse_cursor
+from watchd.journal.cursors import DIRECTORY, Cursors, resolve
 from watchd.journal.format import RECORD_TYPES
 from watchd.journal.reader import Follower, NumberedRecord, extent
 from watchd.journal.render import to_json, to_text
@@ -64,7 +64,8 @@ def run_log(
     Raises JournalError and UsageError.
     """
     filters = filters or Filters()
-    with Follower(directory, parse_cursor(since, extent(directory))) as follower:
+    cursors = Cursors(directory.parent / DIRECTORY)
+    with Follower(directory, resolve(since, extent(directory), cursors)) as follower:
         while True:
             if records := follower.poll():
                 _print(records, out, filters=filters, encoding=None if as_json else encoding)
@@ -90,7 +91,7 @@ def path_prefix(text: str) -> bytes:
 
 
 @click.command("log")
-@click.option("--since", default="beginning", metavar="CURSOR", help="EPOCH:SEQ, now or beginning (default).")
+@click.option("--since", default="beginning", metavar="CURSOR", help="EPOCH:SEQ, a name, now or beginning (default).")
 @click.option("--layer", "layers", multiple=True, metavar="NAME", help="Only this layer; may be repeated.")
 @click.option("--path", metavar="PREFIX", help="Only changes of this path of a layer and of what is below it.")
 @click.option("--type", "types", multiple=True, type=click.Choice(list(RECORD_TYPES)), help="May be repeated.")

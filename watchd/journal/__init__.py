@@ -1,14 +1,16 @@
 """The journal: what happened to the layers, in order, on disk.
 
-    format     pure: bytes <-> segment headers and frames (the byte tables are in docs/journal.md)
-    disk       all operations on files, in one place
-    segments   segment files: names, creation, scanning
-    state      what opening must know, carried along record by record
-    recovery   takes the journal as a crash left it to a journal that can be appended to
-    writer     `Journal`: the one writer of a directory, with group commit
-    reader     `read` and `Follower`: any number of readers, with or without a writer
-    cursor     positions as people write them
-    render     records as JSON and as text
+    format       pure: bytes <-> segment headers and frames (the byte tables are in docs/journal.md)
+    disk         all operations on files, in one place
+    segments     segment files: names, creation, scanning
+    state        what opening must know, carried along record by record
+    recovery     takes the journal as a crash left it to a journal that can be appended to
+    writer       `Journal`: the one writer of a directory, with group commit
+    reader       `read` and `Follower`: any number of readers, with or without a writer
+    cursors      positions as people write them, and named ones
+    directories  pure: which directories hold changes
+    changes      what changed since a baseline
+    render       records and changes as JSON and as text
 
 Readers and the writer share nothing but the files. Everything above `writer` is plain blocking code.
 """

@@ -9,15 +9,15 @@ handed out.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import msgspec
 
 from watchd.errors import JournalError
 from watchd.journal.disk import REAL, Disk
-from watchd.journal.format import HEADER_BYTES, NOTE, Checkpoint, Scan, decode_entry
+from watchd.journal.format import HEADER_BYTES, NOTE, Checkpoint, Entry, Frame, decode_entry
 from watchd.journal.segments import NO_JOURNAL, VERIFY, Segment, decode_failure, list_segments
 from watchd.records import Record
 
@@ -45,6 +45,15 @@ class Position(msgspec.Struct, frozen=True):
     offset: int
     seq: int
     """Of the last record before the offset."""
+
+
+class Chunk(NamedTuple):
+    """Frames that follow each other in one segment."""
+
+    buffer: bytes
+    frames: list[Frame]
+    begin: Position
+    """Where the buffer begins."""
 
 
 class Follower:
@@ -85,41 +94,52 @@ class Follower:
 
         Raises JournalError for damage. What was before it has been returned by then.
         """
+        since = self._since
+        while (chunk := self.poll_frames()).frames:
+            wanted = [frame for frame in chunk.frames if frame[0] > since and frame[1] < NOTE]
+            if records := [
+                (seq, entry) for seq, entry in self.decode(chunk, wanted) if not isinstance(entry, Checkpoint)
+            ]:
+                return records
+        return []
+
+    def poll_frames(self) -> Chunk:
+        """The next frames, those of notes and of records before the start too; none when the end is reached for now.
+
+        For who looks at types and numbers before decoding. Raises JournalError like `poll`.
+        """
         while True:
             # Looked up before reading: when there is one, this segment is complete.
             following = self._following_segment()
-            buffer, found = self._segment.frames(self.position.offset, self.position.seq)
+            here = self.position
+            buffer, found = self._segment.frames(here.offset, here.seq)
             if found.frames:
-                if records := self._take(buffer, found, last=following is None):
-                    return records
-            elif following is None:
-                if buffer and self._segment.is_damage(buffer, found, self.position.offset, self.position.seq):
+                end = here.offset + found.end
+                if following is None:
+                    self._segment.sync(end)
+                self.position = Position(here.segment, end, found.frames[-1][0])
+                return Chunk(buffer, found.frames, here)
+            if following is None:
+                if buffer and self._segment.is_damage(buffer, found, here.offset, here.seq):
                     raise self._damage(found.fault)
-                return []
-            elif buffer:
+                return Chunk(buffer, [], here)
+            if buffer:
                 raise self._damage(found.fault)
-            else:
-                self._enter(following)
+            self._enter(following)
 
-    def _take(self, buffer: bytes, found: Scan, *, last: bool) -> list[NumberedRecord]:
-        """Decodes what was asked for and moves the position behind the frames."""
-        here, since = self.position, self._since
-        records: list[NumberedRecord] = []
-        for frame in found.frames:
-            seq, number, start, _end = frame
-            if seq <= since or number >= NOTE:
-                continue
+    def decode(self, chunk: Chunk, frames: Iterable[Frame]) -> Iterator[tuple[int, Entry]]:
+        """What these frames of the last `poll_frames` hold; notes of an unknown sort are passed over.
+
+        Raises JournalError for a record that this version does not know; the next poll then comes to it again.
+        """
+        for frame in frames:
             try:
-                entry = decode_entry(buffer, frame)
+                entry = decode_entry(chunk.buffer, frame)
             except JournalError as error:
-                raise decode_failure(self._segment, here.offset + start, error) from error
-            if entry is not None and not isinstance(entry, Checkpoint):
-                records.append((seq, entry))
-        end = here.offset + found.end
-        if last:
-            self._segment.sync(end)
-        self.position = Position(here.segment, end, found.frames[-1][0])
-        return records
+                self.position = chunk.begin
+                raise decode_failure(self._segment, chunk.begin.offset + frame[2], error) from error
+            if entry is not None:
+                yield frame[0], entry
 
     def _damage(self, fault: str) -> JournalError:
         return self._segment.damage(self.position.offset, self.position.seq, fault)

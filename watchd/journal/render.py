@@ -10,6 +10,7 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
+from watchd.journal.changes import Changes, DirectoryEntry, PathEntry
 from watchd.records import STATUS, Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via, unpack_status
 
 
@@ -22,6 +23,33 @@ def to_json(seq: int, record: Record) -> dict[str, Any]:
         "layer": record.layer,
     }
     return head | _particulars(record)
+
+
+def changes_to_json(changes: Changes) -> dict[str, Any]:
+    """The answer of `watchd changes` as a JSON object."""
+    return {
+        "cursor": str(changes.cursor),
+        "fresh": changes.fresh,
+        "entries": [entry_to_json(entry) for entry in changes.entries],
+    }
+
+
+def entry_to_json(entry: PathEntry | DirectoryEntry) -> dict[str, Any]:
+    """One entry of it."""
+    head = {"layer": entry.layer, **_name("path", entry.path)}
+    tail = {"recursive": True} if entry.recursive else {}
+    if isinstance(entry, DirectoryEntry):
+        return {**head, "seq": entry.seq, **tail}
+    return {
+        **head,
+        "kinds": kind_names(entry.kinds),
+        "exists": entry.exists,
+        "is_dir": entry.is_dir,
+        "seq": entry.seq,
+        **(_name("from", entry.from_path) if entry.from_path is not None else {}),
+        **({"inode": entry.inode} if entry.inode is not None else {}),
+        **tail,
+    }
 
 
 def to_text(seq: int, record: Record) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+import zlib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.journal.support import SMALL_SEGMENTS, change, changes, flip, only_segment, write
@@ -170,3 +173,16 @@ def test_a_reader_of_a_torn_journal_sees_what_the_next_writer_keeps(directory: P
         assert follower.poll() == []
         write(directory, [[change(4)]])
         assert [seq for seq, _ in follower.poll()] == [4]
+
+
+def test_a_record_of_a_later_version_is_not_passed_over_by_asking_again(directory: Path) -> None:
+    write(directory, [changes(2)])
+    path = only_segment(directory)
+    seed = int.from_bytes(path.read_bytes()[36:40], "little")
+    with path.open("ab") as file:
+        body = struct.pack("<IQHBB", 2, 3, 0xD5F5, 99, 0) + msgspec.msgpack.encode([99])
+        file.write(zlib.crc32(body, seed).to_bytes(4, "little") + body)
+    with Follower(directory, 2) as follower:
+        for _ in range(2):
+            with pytest.raises(JournalError, match=r"cannot decode record 3.*read it with the watchd that wrote it"):
+                follower.poll()

@@ -1,0 +1,182 @@
+"""The answer to "what changed since my baseline?"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.journal.support import SMALL_SEGMENTS, change, changes, write
+from watchd.errors import UsageError
+from watchd.journal.changes import DirectoryEntry, PathEntry, collect
+from watchd.journal.reader import extent
+from watchd.journal.render import changes_to_json
+from watchd.journal.segments import list_segments, segment_path
+from watchd.records import Change, Desync, Kind, Record, Resync, Start
+
+CREATE, DELETE, RENAME, MODIFY, ATTRIB = (int(kind) for kind in Kind)
+
+
+def file(path: bytes, kinds: int, *, exists: bool = True, layer: str = "base", inode: int | None = None) -> Change:
+    return Change(1, layer, path, kinds, exists, False, inode=inode)
+
+
+def directory(path: bytes, kinds: int, *, exists: bool = True, from_path: bytes | None = None) -> Change:
+    return Change(1, "base", path, kinds, exists, True, from_path)
+
+
+def answer(
+    tmp_path: Path, records: list[Record], *, since: str = "beginning", **question: Any
+) -> list[PathEntry | DirectoryEntry]:
+    write(tmp_path / "journal", [records])
+    return list(collect(tmp_path, since, **question).entries)
+
+
+def paths(entries: list[PathEntry | DirectoryEntry]) -> list[bytes]:
+    return [entry.path for entry in entries]
+
+
+def test_each_path_is_told_once_with_its_last_state(tmp_path: Path) -> None:
+    told = answer(
+        tmp_path,
+        [
+            file(b"etc/x", CREATE, inode=7),
+            file(b"etc/x", MODIFY, layer="other"),
+            file(b"etc/x", MODIFY, inode=7),
+            file(b"a", CREATE),
+            file(b"etc/x", DELETE, exists=False),
+        ],
+    )
+    assert told == [
+        PathEntry("base", b"a", CREATE, True, False, 4),
+        PathEntry("base", b"etc/x", CREATE | MODIFY | DELETE, False, False, 5),
+        PathEntry("other", b"etc/x", MODIFY, True, False, 2),
+    ]
+
+
+def test_only_what_lies_behind_the_baseline_and_in_the_layers_and_below_the_prefix(tmp_path: Path) -> None:
+    records: list[Record] = [file(b"etc/x", 1), file(b"etcetera", 1), file(b"etc", 16, layer="other"), file(b"z", 1)]
+    assert paths(answer(tmp_path, records, since="beginning", prefix=b"etc")) == [b"etc/x", b"etc"]
+    epoch = extent(tmp_path / "journal").epoch
+    assert paths(list(collect(tmp_path, f"{epoch}:2").entries)) == [b"z", b"etc"]
+    assert paths(list(collect(tmp_path, "beginning", layers=frozenset({"other"})).entries)) == [b"etc"]
+    assert collect(tmp_path, "now").entries == ()
+
+
+def test_a_renamed_directory_stands_for_all_below_it_under_both_names(tmp_path: Path) -> None:
+    moved = directory(b"new/d", RENAME, from_path=b"old/d")
+    assert answer(tmp_path, [moved]) == [
+        PathEntry("base", b"new/d", RENAME, True, True, 1, b"old/d", recursive=True),
+        PathEntry("base", b"old/d", RENAME, False, True, 1, recursive=True),
+    ]
+    assert list(collect(tmp_path, "beginning", dirs=True).entries) == [
+        DirectoryEntry("base", b"new", 1),
+        DirectoryEntry("base", b"new/d", 1, recursive=True),
+        DirectoryEntry("base", b"old", 1),
+        DirectoryEntry("base", b"old/d", 1, recursive=True),
+    ]
+
+
+@pytest.mark.parametrize("dirs", [False, True])
+@pytest.mark.parametrize("prefix", [b"a/deep/tree", b"b/deep/tree"])
+def test_a_tree_whose_ancestor_was_renamed_is_not_called_unchanged(
+    tmp_path: Path, prefix: bytes, *, dirs: bool
+) -> None:
+    told = answer(tmp_path, [directory(b"b", RENAME, from_path=b"a"), file(b"c", 1)], prefix=prefix, dirs=dirs)
+    assert paths(told) == [prefix[:1]]
+
+
+def test_directories_are_told_with_the_last_change_in_them_and_ancestors_with_that_below(tmp_path: Path) -> None:
+    told = answer(tmp_path, [file(b"usr/lib/x/y", 1), file(b"etc/x", 1), file(b"usr/lib/x/z", 2)], dirs=True)
+    assert told == [DirectoryEntry("base", b"etc", 2), DirectoryEntry("base", b"usr/lib/x", 3)]
+    assert list(collect(tmp_path, "beginning", dirs=True, ancestors=True).entries) == [
+        DirectoryEntry("base", b"", 3),
+        DirectoryEntry("base", b"etc", 2),
+        DirectoryEntry("base", b"usr", 3),
+        DirectoryEntry("base", b"usr/lib", 3),
+        DirectoryEntry("base", b"usr/lib/x", 3),
+    ]
+
+
+def test_the_cursor_of_an_answer_is_the_next_baseline(tmp_path: Path) -> None:
+    write(tmp_path / "journal", [changes(3)])
+    cursor = str(collect(tmp_path, "beginning").cursor)
+    write(tmp_path / "journal", [[change(4, b"new")]])
+    assert paths(list(collect(tmp_path, cursor).entries)) == [b"new"]
+
+
+@pytest.mark.parametrize(
+    ("records", "layers", "fresh"),
+    [
+        ([Start(1, "v", "b"), Desync(2, "base", "overflow")], [], True),
+        ([Desync(2, "base", "overflow")], ["base"], True),
+        ([Desync(2, "base", "overflow")], ["other"], False),
+        ([Desync(2, "base", "overflow"), Resync(3, "base", 1, 0)], ["base"], False),
+        ([Desync(2, "base", "overflow"), Resync(3, "other", 1, 0)], ["base"], True),
+        ([Desync(2, "base", "overflow"), Desync(3, "base", "overflow"), Resync(4, "base", 1, 0)], ["base"], True),
+        ([Desync(2, "", "limit")], ["base"], True),
+    ],
+)
+@pytest.mark.parametrize("since", ["beginning", "now"])
+def test_an_answer_is_fresh_while_a_gap_of_its_layers_is_open(
+    tmp_path: Path, records: list[Record], layers: list[str], since: str, *, fresh: bool
+) -> None:
+    write(tmp_path / "journal", [records], SMALL_SEGMENTS)
+    assert collect(tmp_path, since, layers=frozenset(layers)).fresh is fresh
+
+
+def test_an_answer_is_fresh_when_its_baseline_is_older_than_the_journal(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    write(journal, [changes(5, start) for start in range(1, 41, 5)], SMALL_SEGMENTS)
+    second = list_segments(journal)[1]
+    segment_path(journal, 1).unlink()
+    epoch = extent(journal).epoch
+    assert collect(tmp_path, "beginning").fresh
+    assert collect(tmp_path, f"{epoch}:{second - 2}").fresh
+    assert not collect(tmp_path, f"{epoch}:{second - 1}").fresh
+    assert not collect(tmp_path, "now").fresh
+
+
+def test_a_cursor_of_another_journal_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "journal", [changes(3)])
+    with pytest.raises(UsageError, match="belongs to another journal"):
+        collect(tmp_path, f"{'0' * 16}:1")
+
+
+def test_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
+    moved = Change(1, "base", b"b\xff", 4, True, True, b"a", 12)
+    write(tmp_path / "journal", [[moved]])
+    found = collect(tmp_path, "beginning")
+    assert changes_to_json(found) == {
+        "cursor": f"{extent(tmp_path / 'journal').epoch}:1",
+        "fresh": False,
+        "entries": [
+            {
+                "layer": "base",
+                "path": "a",
+                "kinds": ["rename"],
+                "exists": False,
+                "is_dir": True,
+                "seq": 1,
+                "recursive": True,
+            },
+            {
+                "layer": "base",
+                "path": "b\N{REPLACEMENT CHARACTER}",
+                "path_b64": "Yv8=",
+                "kinds": ["rename"],
+                "exists": True,
+                "is_dir": True,
+                "seq": 1,
+                "from": "a",
+                "inode": 12,
+                "recursive": True,
+            },
+        ],
+    }
+    assert changes_to_json(collect(tmp_path, "beginning", dirs=True))["entries"] == [
+        {"layer": "base", "path": "", "seq": 1},
+        {"layer": "base", "path": "a", "seq": 1, "recursive": True},
+        {"layer": "base", "path": "b\N{REPLACEMENT CHARACTER}", "path_b64": "Yv8=", "seq": 1, "recursive": True},
+    ]
