@@ -15,7 +15,8 @@ import pytest
 from watchd.config.schema import Sources
 from watchd.errors import UnsupportedError
 from watchd.overlay.model import LayerDirectory, View
-from watchd.service.layers import Layer, LayerBook
+from watchd.service.layer import Layer
+from watchd.service.layers import LayerBook
 from watchd.service.names import NameBook
 from watchd.sources.base import Batch, Source, WatchedLayer
 from watchd.sources.worker import Worker

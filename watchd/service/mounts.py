@@ -31,7 +31,8 @@ from watchd.overlay.model import LayerDirectory, MountPoint, Overlay, ResolvedSt
 from watchd.overlay.mountids import MountIds, read_mount_ids
 from watchd.overlay.mountwatch import MountWatch
 from watchd.overlay.servers import Served, lies_on, served_mounts, servers_of, servers_on
-from watchd.service.layers import STUCK_S, Key, Layer, LayerBook, key_of
+from watchd.service.layer import STUCK_S, Key, Layer, key_of
+from watchd.service.layers import LayerBook
 from watchd.service.names import NameBook
 from watchd.service.patience import Patience, Waiting, in_thread
 from watchd.service.survey import Sighting, Survey, survey

@@ -15,7 +15,8 @@ from watchd.journal.writer import Journal
 from watchd.kernel import filesystems
 from watchd.metrics import Snapshot
 from watchd.overlay.servers import servers_of
-from watchd.service.layers import Layer, LayerBook
+from watchd.service.layer import Layer
+from watchd.service.layers import LayerBook
 from watchd.service.mounts import Mount, MountBook, layer_waiting
 from watchd.service.patience import Waiting
 

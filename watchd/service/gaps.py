@@ -1,0 +1,178 @@
+"""What the journal may be missing of each layer, and how that is found.
+
+When events may have been lost (overflow, restart, a source that broke) the desync is recorded at once; then the source
+recovers, so that nothing falls between, a scan looks for what changed, the mounts over the layer are invalidated, and the resync is
+recorded. There is one path for all of them.
+
+All methods run in the event loop's thread where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
+
+from watchd.coherence.engine import Engine
+from watchd.errors import LayerError
+from watchd.journal.format import LayerMark
+from watchd.journal.writer import Journal
+from watchd.metrics import Metrics
+from watchd.records import Change, Desync, Resync
+from watchd.service.intake import Intake, suspects_of
+from watchd.service.layer import Layer
+from watchd.sources.base import MovedIn
+from watchd.sources.scan import changed_since, everything_below
+from watchd.sources.worker import Worker
+
+log = logging.getLogger(__name__)
+
+MARK_INTERVAL_NS = 1_000_000_000
+MARK_COST_NS = 50_000_000
+"""How far each layer is complete is noted in the journal this often at most, the less often the more layers there are; a
+restart scans from there."""
+
+MARKS_MAX = 1000
+"""Of layers that are not watched any more so many are remembered. One that was forgotten begins anew when it comes back; its
+desync then stays open in the journal, which tells readers all the same."""
+
+
+class Gaps:
+    """How far the journal is complete for every layer."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        intake: Intake,
+        watched: Callable[[], Iterable[Layer]],
+        lost: Callable[[Worker, Exception], None],
+        failed: Callable[[Layer, Exception], None],
+    ) -> None:
+        """`watched` gives all layers; `lost` is told, in the worker's thread, of a source that cannot recover, `failed` of a
+        layer that cannot be read."""
+        self._journal, self._engine, self._metrics, self._intake = journal, engine, metrics, intake
+        self._watched, self._lost, self._failed = watched, lost, failed
+        self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
+        self._marked_ns = 0
+        self._unmarked = False
+
+    def began(self, layer: Layer, started_ns: int) -> None:
+        """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it."""
+        mark = self._marks.get(layer.name)
+        if layer.desync_seq or (mark is not None and mark.path == layer.directory.path):
+            if not layer.desync_seq and mark is not None:
+                layer.complete_ns, layer.desync_seq = mark.complete_until_ns, mark.open_desync
+            self.desync(layer, "restart")
+            self._recover(layer)
+        else:
+            layer.complete_ns = started_ns
+            layer.become("live")
+            self._engine.doubt(layer.devices)  # mounts that were there before it was watched
+            self._unmarked = True
+            self.note_marks()
+
+    def complete_until(self, layers: Iterable[Layer], complete_ns: int) -> None:
+        """Everything before was recorded for these layers, as far as they have no gap."""
+        for layer in layers:
+            if not layer.desync_seq:
+                layer.complete_ns = max(layer.complete_ns, complete_ns)
+        self._unmarked = True
+
+    def note_marks_if_due(self) -> None:
+        """Note them now and then."""
+        interval_ns = MARK_INTERVAL_NS + len(self._marks) * MARK_COST_NS
+        if self._unmarked and time.monotonic_ns() - self._marked_ns > interval_ns:
+            self.note_marks()
+
+    def note_marks(self) -> None:
+        """Note in the journal how far each layer is complete."""
+        watched = list(self._watched())
+        for layer in watched:
+            if layer.complete_ns:
+                self._marks.pop(layer.name, None)  # so that the longest gone come first
+                self._marks[layer.name] = LayerMark(layer.directory.path, layer.complete_ns, layer.desync_seq)
+        while len(self._marks) > max(MARKS_MAX, len(watched)):
+            del self._marks[next(iter(self._marks))]
+        self._journal.note(self._marks)
+        self._marked_ns, self._unmarked = time.monotonic_ns(), False
+
+    def desync(self, layer: Layer, reason: str) -> None:
+        """From here on changes of the layer may be missing; said once until it is closed."""
+        layer.become("desynced", reason)
+        if layer.desync_seq:
+            return
+        layer.desync_seq = self._journal.append([Desync(time.time_ns(), layer.name, reason)])
+        self._metrics.desync(layer.name, reason)
+        self.note_marks()
+        log.warning("layer %s: changes may have been missed (%s)", layer.name, reason)
+
+    def overflowed(self, layers: Iterable[Layer]) -> None:
+        """Events of these layers were lost, and their source goes on."""
+        for layer in layers:
+            scanning = layer.state == "scanning"
+            self.desync(layer, "overflow")
+            if scanning:
+                layer.become("scanning", "overflow")
+                layer.scan_again = True
+            else:
+                self._recover(layer)
+
+    def moved_in(self, layer: Layer, worker: Worker, moved: MovedIn) -> None:
+        """Tell of everything in a directory that came with contents."""
+        worker.scan(everything_below(layer.watched, moved.path), partial(self._found, layer), _ignore)
+
+    def _recover(self, layer: Layer) -> None:
+        """Find what was missed: the source first, so that nothing falls between, then a scan."""
+        worker = layer.worker
+        assert worker is not None
+        layer.become("scanning", layer.reason)
+        layer.scan_again = False
+        worker.submit(worker.source.recover).add_done_callback(partial(self._recovered, worker))
+        worker.scan(
+            changed_since(layer.watched, layer.complete_ns),
+            partial(self._found, layer),
+            lambda error: self._intake.call(self._scanned, layer, worker, error),
+        )
+
+    def _recovered(self, worker: Worker, done: Future[None]) -> None:
+        """In the worker's thread: a source that cannot recover is lost."""
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, Exception):
+            self._lost(worker, error)
+            self._intake.flush()
+
+    def _found(self, layer: Layer, changes: list[Change]) -> None:
+        """A slice of a scan; in the worker's thread."""
+        number = self._intake.next_number()
+        self._intake.call(self._record_found, layer, number, changes)
+        self._intake.worked(self._intake.suspect(suspects_of(changes), number, time.monotonic_ns()))
+
+    def _record_found(self, layer: Layer, number: int, changes: list[Change]) -> None:
+        layer.differences += len(changes)
+        self._intake.append(number, changes)
+
+    def _scanned(self, layer: Layer, worker: Worker, error: Exception | None) -> None:
+        if layer.worker is not worker:
+            return
+        if error is not None:
+            self._failed(layer, error)
+            return
+        if layer.scan_again:
+            self._recover(layer)
+            return
+        self._engine.doubt(layer.devices | layer.data_of)
+        self._journal.append([Resync(time.time_ns(), layer.name, layer.desync_seq, layer.differences)])
+        log.info("layer %s: in step again, %d differences", layer.name, layer.differences)
+        layer.desync_seq = layer.differences = 0
+        layer.become("live")
+        self.note_marks()
+
+
+def _ignore(error: Exception | None) -> None:
+    if error is not None and not isinstance(error, LayerError):
+        log.warning("a directory that was moved in could not be scanned: %s", error)
