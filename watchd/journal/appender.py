@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import aiofiles.os
 
+from watchd.errors import JournalError
 from watchd.journal.disk import Disk, File, write_all
 from watchd.journal.format import Checkpoint, Entry, decode_header, encode_frames, encode_header
 from watchd.journal.recovery import Opened, begin_segment
 from watchd.journal.segments import create_segment, segment_path
 from watchd.journal.state import JournalState
+
+REMOVED: Final = "leave the state_directory to watchd; it goes on in a new journal"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,6 +56,10 @@ class Appender:
             file, self._file = self._file, None
             await self._run(file.close)
 
+    async def check(self) -> None:
+        """Raises JournalError when the segment is not where it is looked for any more."""
+        await self._run(self._check)
+
     async def append(self, entries: Sequence[Entry]) -> int:
         """Writes `entries` and returns by how many bytes the journal grew. Raises OSError, or JournalError for an entry
         that is too long.
@@ -84,15 +91,25 @@ class Appender:
         self.last_seq = self._state.apply_all(entries, self.last_seq)
         return frames
 
+    def _check(self) -> None:
+        path = segment_path(self._directory, self._header.first_seq)
+        if self._file and not self._file.is_at(path):
+            raise JournalError(f"{path} was removed or replaced while it was written", remedy=REMOVED)
+
     async def _write(self, frames: bytes) -> None:
-        assert self._file
         self._synced = False
-        await self._run(write_all, self._file, frames, self._size)
+        await self._run(self._append, frames)
         self._size += len(frames)
+
+    def _append(self, frames: bytes) -> None:
+        assert self._file
+        self._check()  # nobody would ever read what is written to a file without a name
+        write_all(self._file, frames, self._size)
 
     async def _begin_segment(self) -> int:
         """Begins the next segment. The old one is on disk by then, however the journal is synced."""
         await self.sync()
+        await self.check()
         first_seq = self.last_seq + 1
         header = encode_header(self._header.epoch, first_seq, time.time_ns())
         content = begin_segment(header, self.last_seq, self._state.checkpoint())

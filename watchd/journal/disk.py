@@ -4,6 +4,11 @@ Facts about files that the journal relies on. A name is durable only when its di
 descriptor of a file, a read-only one too, puts all its data and its size on disk. A file that is only ever appended to
 has, at any moment, a prefix of what was written to it, unless the machine went down. A rename is seen, and survives,
 whole or not at all.
+
+When fdatasync fails the kernel may mark what it could not write as clean: it then reads well until it is evicted, and
+the next fdatasync, of whoever opened the file later too, reports success for what never reached the disk (fsync(2),
+"Error reporting"; "fsyncgate"). Only writing the data again makes it durable. A directory is another case: where its
+fsync fails, a journalling filesystem is aborted and nothing succeeds any more.
 """
 
 from __future__ import annotations
@@ -25,6 +30,9 @@ class File(Protocol):
 
     def size(self) -> int:
         """Bytes in the file now."""
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` leads to this file, still."""
 
     def truncate(self, size: int) -> None:
         """Cuts the file off."""
@@ -82,6 +90,13 @@ class RealFile:
     def size(self) -> int:
         """See `File`."""
         return os.fstat(self._fd).st_size
+
+    def is_at(self, path: Path) -> bool:
+        """See `File`."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._fd))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def truncate(self, size: int) -> None:
         """See `File`."""

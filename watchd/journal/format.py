@@ -228,6 +228,11 @@ def find_synced(buffer: bytes, last_seq: int, *, seed: int) -> int | None:
     return None
 
 
+def frame_flags(buffer: bytes, frame: Frame) -> int:
+    """The flags of `frame` of `buffer`."""
+    return buffer[frame[2] + FRAME_HEADER_BYTES - 1]
+
+
 def decode_entry(buffer: bytes, frame: Frame) -> Entry | None:
     """What `frame` of `buffer` holds; None for a note of a sort that this version does not know.
 

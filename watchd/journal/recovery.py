@@ -4,6 +4,10 @@ Only the last segment is read whole: every earlier one was on disk before the ne
 are never dropped. What follows the last good record of the last segment is one of two things. If nothing in it
 proves that it had been on disk, it is a torn tail: it is copied to a `.torn` file and cut off. Otherwise something
 damaged the journal, and opening is refused until a person has looked at it.
+
+Records that read well may be in memory only, if an fdatasync of the last run failed (see `disk`). So what no SYNCED
+frame behind it proves to have been on disk is written again, the same bytes at the same place: whenever that is cut
+short, whoever follows the journal finds what he has seen.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -22,6 +26,7 @@ from watchd.journal.format import (
     CHANGE_TYPE,
     FIRST_SEQ,
     HEADER_BYTES,
+    SYNCED,
     Checkpoint,
     LayerMark,
     Scan,
@@ -29,8 +34,10 @@ from watchd.journal.format import (
     decode_entry,
     encode_frames,
     encode_header,
+    frame_flags,
 )
 from watchd.journal.segments import (
+    CHUNK_BYTES,
     VERIFY,
     Segment,
     create_segment,
@@ -42,6 +49,9 @@ from watchd.journal.segments import (
 from watchd.journal.state import JournalState
 
 LOCK_NAME: Final = "lock"
+
+TRIAL_BYTES: Final = 1 << 20
+"""A journal that has failed is opened again when its disk takes so much."""
 
 
 class Recovered(msgspec.Struct, frozen=True):
@@ -55,6 +65,13 @@ class Recovered(msgspec.Struct, frozen=True):
     """`time_ns` of the last record; 0 when there is none."""
     torn: Path | None
     """Where an unfinished write of the last run was set aside."""
+
+
+class Acknowledged(NamedTuple):
+    """What this very process promised before its journal failed."""
+
+    epoch: bytes
+    seq: int
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -103,23 +120,40 @@ def lock(directory: Path, *, disk: Disk = REAL) -> File:
     return file
 
 
-def recover(directory: Path, *, disk: Disk = REAL) -> Opened:
-    """Opens the locked directory, which may be empty. Raises JournalError when it is damaged or cannot be written."""
+def recover(directory: Path, *, disk: Disk = REAL, acknowledged: Acknowledged | None = None) -> Opened:
+    """Opens the locked directory, which may be empty. Raises JournalError when it is damaged or cannot be written.
+
+    With `acknowledged` a torn tail is this process's own, of use to nobody, and not set aside; and the journal is
+    damaged if it is that one and does not hold the record.
+    """
     firsts = list_segments(directory, disk=disk)
     with disk_errors(f"cannot write to the journal {directory}"):
         for name in disk.names(directory):
             if name.endswith(".wal.tmp"):
                 disk.unlink(directory / name)
+        if acknowledged:
+            _try_disk(directory, disk)
         if not firsts:
             header = encode_header(os.urandom(8), FIRST_SEQ, time.time_ns())
             create_segment(directory, FIRST_SEQ, begin_segment(header, FIRST_SEQ - 1, Checkpoint({})), disk=disk)
-            disk.sync_directory(directory.parent)
             firsts = [FIRST_SEQ]
         disk.sync_directory(directory)
+        disk.sync_directory(directory.parent)  # whoever made the directory may have died before it did so
     earlier = _check_headers(directory, firsts, disk)
     with Segment(directory, firsts[-1], disk=disk) as segment:
-        opened = _recover_segment(segment, firsts[0], disk)
+        opened = _recover_segment(segment, firsts[0], disk, acknowledged)
     return msgspec.structs.replace(opened, bytes=earlier + opened.end)
+
+
+def _try_disk(directory: Path, disk: Disk) -> None:
+    """Raises OSError unless the disk takes TRIAL_BYTES: what failed for want of room would fail again at once."""
+    path = directory / "trial.wal.tmp"
+    try:
+        # No zeros: some filesystems need no room for them.
+        write_file(path, os.urandom(TRIAL_BYTES), flags=os.O_TRUNC, disk=disk)
+    finally:
+        with suppress(FileNotFoundError):
+            disk.unlink(path)
 
 
 def begin_segment(header: bytes, last_seq: int, checkpoint: Checkpoint) -> bytes:
@@ -141,25 +175,29 @@ def _check_headers(directory: Path, firsts: list[int], disk: Disk) -> int:
     return earlier
 
 
-def _recover_segment(segment: Segment, first_seq: int, disk: Disk) -> Opened:
+def _recover_segment(segment: Segment, first_seq: int, disk: Disk, acknowledged: Acknowledged | None) -> Opened:
     """Reads the last segment to its end and cuts a torn tail off."""
     state = JournalState()
-    offset, last_seq = HEADER_BYTES, segment.header.first_seq - 1
+    offset, last_seq = proven, _ = HEADER_BYTES, segment.header.first_seq - 1
     while True:
         buffer, found = segment.frames(offset, last_seq)
         if not found.frames:
             break
         _apply(segment, state, buffer, found, offset)
+        proven = max(proven, offset + _last_synced(buffer, found))
         offset += found.end
         last_seq = found.frames[-1][0]
     torn = None
     if offset == HEADER_BYTES:
         raise segment.damage(offset, last_seq, found.fault)
+    if acknowledged and acknowledged.epoch == segment.header.epoch and acknowledged.seq > last_seq:
+        raise segment.damage(offset, last_seq, f"record {acknowledged.seq} has been there")
     if buffer:
         if segment.is_damage(buffer, found, offset, last_seq):
             raise segment.damage(offset, last_seq, found.fault)
-        torn = _set_tail_aside(segment, offset, disk)
-    segment.sync(offset)
+        if not acknowledged:
+            torn = _set_tail_aside(segment, offset, disk)
+    _put_on_disk(segment, proven, offset, disk)
     return Opened(segment.header, offset, first_seq, last_seq, 0, state.checkpoint(), torn)
 
 
@@ -178,15 +216,28 @@ def _apply(segment: Segment, state: JournalState, buffer: bytes, found: Scan, of
             state.apply(entry, seq)
 
 
+def _last_synced(buffer: bytes, found: Scan) -> int:
+    """Where the last SYNCED frame begins: what is before it was on disk. 0 when there is none."""
+    return next((frame[2] for frame in reversed(found.frames) if frame_flags(buffer, frame) & SYNCED), 0)
+
+
 def _set_tail_aside(segment: Segment, end: int, disk: Disk) -> Path:
-    """Copies what follows `end` to a file of its own, then cuts it off."""
+    """Copies what follows `end` to a file of its own."""
     path = segment.path
-    with disk_errors(f"cannot set the torn tail of {path} aside"), disk.open(path, os.O_RDWR) as file:
-        aside = _write_aside(path, end, file.pread(file.size() - end, end), disk)
+    with disk_errors(f"cannot set the torn tail of {path} aside"), disk.open(path, os.O_RDONLY) as file:
+        torn = _write_aside(path, end, file.pread(file.size() - end, end), disk)
         disk.sync_directory(path.parent)
-        file.truncate(end)
+    return torn
+
+
+def _put_on_disk(segment: Segment, start: int, end: int, disk: Disk) -> None:
+    """Cuts off what follows `end`, and writes again what has been on disk for certain only up to `start`."""
+    with disk_errors(f"cannot write {segment.path}"), disk.open(segment.path, os.O_RDWR) as file:
+        if file.size() > end:
+            file.truncate(end)
+        for offset in range(start, end, CHUNK_BYTES):
+            write_all(file, file.pread(min(CHUNK_BYTES, end - offset), offset), offset)
         file.sync()
-    return aside
 
 
 def _write_aside(path: Path, end: int, tail: bytes, disk: Disk) -> Path:
@@ -194,7 +245,12 @@ def _write_aside(path: Path, end: int, tail: bytes, disk: Disk) -> Path:
     number = 0
     while True:
         aside = path.with_name(f"{path.stem}-{end}{f'-{number}' if number else ''}.torn")
-        with suppress(FileExistsError):
+        try:
             write_file(aside, tail, flags=os.O_EXCL, disk=disk)
             return aside
-        number += 1
+        except FileExistsError:
+            number += 1
+        except OSError:
+            with suppress(OSError):
+                disk.unlink(aside)  # else every attempt on a full disk would leave one
+            raise

@@ -79,7 +79,7 @@ def disk_error(what: str, error: OSError) -> JournalError:
 
 def _remedy(number: int | None) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "make room on its filesystem and start watchd again"
+        return "make room on its filesystem"
     if number in (errno.EACCES, errno.EPERM):
         return "run as root, or set state_directory to a place that this user may use"
     if number in (errno.ENOENT, errno.ENOTDIR):
@@ -128,8 +128,9 @@ class Segment:
             return self._file.pread(size, offset)
 
     def size(self) -> int:
-        """Bytes in the file now."""
-        return self._file.size()
+        """Bytes in the file now. Raises JournalError."""
+        with disk_errors(f"cannot look at {self.path}"):
+            return self._file.size()
 
     def sync(self, upto: int) -> None:
         """Puts the bytes before offset `upto` on disk, whoever wrote them. Raises JournalError."""

@@ -4,21 +4,21 @@ Records are appended in memory, at once. A committer task gathers what comes in,
 puts it on disk with one write and one fdatasync, so that the cost of a disk flush is shared by all records that
 wait for it (group commit).
 
-Fact about fsync: after it failed, the kernel may mark the pages clean, and a second call then reports success
-although the data is gone (fsync(2), "Error reporting"; "fsyncgate"). So a failed write or fsync is never tried
-again: the journal has failed for good, and the next `open` finds out what reached the disk.
+A failed write or fsync is never tried again: a second fsync may report success for data that is gone (see `disk`).
+The journal has failed then, until `reopen` has recovered it as `open` does after a crash.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -26,9 +26,16 @@ from watchd.errors import JournalError
 from watchd.journal.appender import Appender
 from watchd.journal.disk import REAL, Disk
 from watchd.journal.format import Checkpoint, Entry, LayerMark
-from watchd.journal.recovery import Opened, Recovered, lock, recover
+from watchd.journal.recovery import Acknowledged, Opened, Recovered, lock, recover
 from watchd.journal.segments import disk_error, disk_errors
 from watchd.records import Record, Stop
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S: Final = 5.0
+"""A journal that nothing is written to is looked after this often: somebody may have removed it."""
 
 COMMIT_ENTRIES: Final = 4096
 """Most entries of one commit: bounds the memory that encoding takes and how long a commit holds up the next one."""
@@ -67,44 +74,39 @@ CommitObserver = Callable[[int, float, float], None]
 
 
 class Journal:
-    """A journal directory, locked and open for appending. Use it in the event loop's thread only."""
+    """A journal directory, locked and open for appending. Use it in the event loop's thread only.
+
+    When writing fails the directory is given up, and until `reopen` succeeds records go nowhere and get no numbers.
+    """
+
+    epoch: str
+    """16 hexadecimal digits; with a sequence number it makes a cursor. Another one after `reopen` only if the journal
+    was removed."""
+    first_seq: int
+    """Sequence number of the oldest record, or of the first one to come."""
+    last_seq: int
+    """The last sequence number that was assigned."""
+    durable_seq: int
+    """Everything up to here is on disk; with sync off: was handed to the kernel."""
+    bytes: int
+    """Size of all segments."""
+    recovered: Recovered
+    """What was found when it was opened last."""
+    failed: asyncio.Future[JournalError]
+    """Done, with the error as its result, when writing has failed; a new one after `reopen`."""
 
     def __init__(
-        self,
-        directory: Path,
-        opened: Opened,
-        *,
-        appender: Appender,
-        resources: ExitStack,
-        settings: JournalSettings,
-        on_commit: CommitObserver | None,
+        self, directory: Path, settings: JournalSettings, *, on_commit: CommitObserver | None, disk: Disk
     ) -> None:
-        """`open` calls it. `resources` are the lock and the thread."""
+        """`open` calls it."""
         self.directory = directory
-        self.epoch = opened.header.epoch.hex()
-        """16 hexadecimal digits; with a sequence number it makes a cursor."""
-        self.first_seq = opened.first_seq
-        """Sequence number of the oldest record, or of the first one to come."""
-        self.last_seq = opened.last_seq
-        """The last sequence number that was assigned."""
-        self.durable_seq = opened.last_seq
-        """Everything up to here is on disk; with sync off: was handed to the kernel."""
-        self.bytes = opened.bytes
-        """Size of all segments."""
-        self.recovered: Recovered = opened.recovered()
-        self.failed: asyncio.Future[JournalError] = asyncio.get_running_loop().create_future()
-        """Done, with the error as its result, when a commit has failed. Nothing is written any more from then on."""
-        self._appender = appender
-        self._resources = resources
-        self._settings = settings
-        self._on_commit = on_commit
-        self._last_time_ns, self._stopped = self.recovered.last_time_ns, self.recovered.stopped
+        self._settings, self._on_commit, self._disk = settings, on_commit, disk
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._queue: list[Entry] = []
         self._queued = self._committed = 0
         self._appended = self._commits = self._append_ns = self._sync_ns = 0
         self._closing = False
         self._wake, self._hurry, self._progress = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._committer = asyncio.create_task(self._run(), name="journal committer")
 
     @classmethod
     async def open(
@@ -119,17 +121,67 @@ class Journal:
 
         Raises JournalError when another process writes to it, when it is damaged, or when the disk refuses.
         """
-        loop = asyncio.get_running_loop()
-        size = settings.segment_size_bytes
-        with ExitStack() as stack:
-            stack.enter_context(await loop.run_in_executor(None, partial(lock, directory, disk=disk)))
-            executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="journal"))
-            opened = await loop.run_in_executor(executor, partial(recover, directory, disk=disk))
-            appender = Appender(directory, opened, disk=disk, executor=executor, segment_size_bytes=size)
-            with disk_errors(f"cannot write to the journal {directory}"):
-                await appender.open()
-            resources = stack.pop_all()
-        return cls(directory, opened, appender=appender, resources=resources, settings=settings, on_commit=on_commit)
+        journal = cls(directory, settings, on_commit=on_commit, disk=disk)
+        try:
+            await journal._begin(None)
+        except BaseException:
+            journal._executor.shutdown()
+            raise
+        return journal
+
+    async def reopen(self) -> None:
+        """After a failure: recovers the journal and goes on, if the disk takes it again. What was not durable is lost.
+
+        Whole records that were written and not acknowledged stay: a reader may have seen them. If the directory was
+        removed a new journal begins, with another epoch. Raises JournalError like `open`, and then it may be called
+        again.
+        """
+        assert self.failed.done()
+        await asyncio.wait([self._committer])
+        is_synced = self._settings.sync == "batch"
+        try:
+            await self._begin(Acknowledged(bytes.fromhex(self.epoch), self.durable_seq if is_synced else 0))
+        except Exception as error:
+            self.failed = asyncio.get_running_loop().create_future()
+            self.failed.set_result(self._told(error))
+            raise self.failed.result() from error
+
+    async def _begin(self, acknowledged: Acknowledged | None) -> None:
+        """Locks and recovers the directory and starts the committer. Raises JournalError."""
+        async with AsyncExitStack() as stack:
+            stack.enter_context(await self._in_thread(partial(lock, self.directory, disk=self._disk)))
+            opened = await self._in_thread(partial(recover, self.directory, disk=self._disk, acknowledged=acknowledged))
+            self._appender = Appender(
+                self.directory,
+                opened,
+                disk=self._disk,
+                executor=self._executor,
+                segment_size_bytes=self._settings.segment_size_bytes,
+            )
+            with disk_errors(f"cannot write to the journal {self.directory}"):
+                await self._appender.open()
+            stack.push_async_callback(self._appender.close)
+            self._resources = stack.pop_all()
+        self._opened(opened)
+        self._committer = asyncio.create_task(self._run(), name="journal committer")
+
+    def _opened(self, opened: Opened) -> None:
+        self.epoch = opened.header.epoch.hex()
+        self.first_seq, self.last_seq, self.durable_seq = opened.first_seq, opened.last_seq, opened.last_seq
+        self.bytes = opened.bytes
+        self.recovered = opened.recovered()
+        self.failed = asyncio.get_running_loop().create_future()
+        self._last_time_ns, self._stopped = self.recovered.last_time_ns, self.recovered.stopped
+        self._committed = self._queued
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    @property
+    def failure(self) -> JournalError | None:
+        """Why nothing is written, if so. For any thread."""
+        failed = self.failed
+        return failed.result() if failed.done() else None
 
     @property
     def pending(self) -> int:
@@ -139,10 +191,10 @@ class Journal:
     def append(self, records: Sequence[Record]) -> int:
         """Queues records for the next commit and returns the sequence number of the last one. Never blocks.
 
-        After a failure the records go nowhere; `failed` and `flush` tell.
+        After a failure the records go nowhere and get no numbers; `failed` and `flush` tell.
         """
-        self.last_seq += len(records)
-        if records:
+        if records and not self.failed.done():
+            self.last_seq += len(records)
             last = records[-1]
             self._last_time_ns, self._stopped = last.time_ns, isinstance(last, Stop)
             self._appended += len(records)
@@ -156,15 +208,15 @@ class Journal:
     async def flush(self, upto: int | None = None) -> None:
         """Returns when all that was queued before the call is durable, or the records up to number `upto`.
 
-        Raises JournalError when the journal has failed.
+        Raises JournalError when the journal has failed, though it may have been reopened since.
         """
-        assert upto is None or upto <= self.last_seq
-        queued = self._queued
-        while self._committed < queued if upto is None else self.durable_seq < upto:
-            if self.failed.done():
-                raise self.failed.result()
+        failed, queued = self.failed, self._queued
+        while not failed.done() and (self._committed < queued if upto is None else self.durable_seq < upto):
+            assert upto is None or upto <= self.last_seq
             self._hurry.set()
             await self._progress.wait()
+        if failed.done() and (upto is None or self.durable_seq < upto):
+            raise failed.result()
 
     async def close(self) -> None:
         """Commits what is queued and gives up the directory. Raises JournalError when something was not written."""
@@ -176,9 +228,9 @@ class Journal:
         try:
             await asyncio.wait([self._committer])
             with disk_errors(f"cannot close the journal {self.directory}"):
-                await self._appender.close()
+                await self._resources.aclose()
         finally:
-            self._resources.close()
+            self._executor.shutdown()
         if self.failed.done():
             raise self.failed.result()
 
@@ -204,12 +256,10 @@ class Journal:
             while await self._gather():
                 await self._commit()
             await self._appender.sync()
-        except JournalError as error:
-            self._fail(error)
-        except OSError as error:
-            self._fail(disk_error(f"cannot write to the journal {self.directory}", error))
         except Exception as error:
-            self._fail(JournalError(f"cannot write to the journal {self.directory}: {error!r}"))
+            self._fail(self._told(error))
+            with suppress(OSError):  # given up, so that somebody may repair it meanwhile
+                await self._resources.aclose()
 
     async def _gather(self) -> bool:
         """Waits until it is time for a commit; False when the journal closes and there is nothing to write."""
@@ -217,7 +267,11 @@ class Journal:
             if self._closing:
                 return False
             self._wake.clear()
-            await self._wake.wait()
+            try:
+                async with asyncio.timeout(CHECK_INTERVAL_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                await self._appender.check()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.max_delay_ns / 1e9):
                 await self._hurry.wait()
@@ -243,8 +297,19 @@ class Journal:
         if self._on_commit:
             self._on_commit(records, (appended_ns - begun_ns) / 1e9, (done_ns - appended_ns) / 1e9)
 
+    def _told(self, error: Exception) -> JournalError:
+        """What to say of `error`; what is no fault of the disk is a bug, and logged as one."""
+        what = f"cannot write to the journal {self.directory}"
+        if isinstance(error, JournalError):
+            return error
+        if isinstance(error, OSError):
+            return disk_error(what, error)
+        log.error("a bug in the journal's writer", exc_info=error)
+        return JournalError(f"{what}: {error!r}", remedy="report this, with the traceback in the log")
+
     def _fail(self, error: JournalError) -> None:
         self._queue.clear()
+        self.last_seq = self.durable_seq
         self.failed.set_result(error)
         self._tell()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,11 @@ def array(data: bytes, at: int, count: int) -> tuple[list[Any], int]:
     return items, at
 
 
-def segment(path: Path) -> tuple[bytes, list[tuple[int, int, list[Any]]]]:
+def segment(name: str, data: bytes) -> tuple[bytes, list[tuple[int, int, list[Any]]]]:
     """Epoch and frames as (seq, type, array). Asserts that every byte of the file is as documented."""
-    data = path.read_bytes()
     magic, version, flags, epoch, first, _created, seed = struct.unpack_from("<8sHH8sQqI", data)
     assert (magic, version, flags, seed) == (b"WATCHDJ\n", 1, 0, zlib.crc32(data[:36]))
-    assert path.name == f"{first:020d}.wal"
+    assert name == f"{first:020d}.wal"
     frames, at, last = [], 40, first - 1
     while at < len(data):
         crc, length, seq, mark, sort, flags = struct.unpack_from("<IIQHBB", data, at)
@@ -71,8 +71,15 @@ def segment(path: Path) -> tuple[bytes, list[tuple[int, int, list[Any]]]]:
 
 def records(directory: Path) -> list[tuple[int, list[Any]]]:
     """All records of a journal as (seq, array); asserts that they are 1, 2, 3 …"""
-    segments = [segment(path) for path in sorted(directory.glob("*.wal"))]
+    found = judged({path.name: path.read_bytes() for path in directory.glob("*.wal")})
+    assert not found or found[0][0] == 1
+    return found
+
+
+def judged(files: Mapping[str, bytes]) -> list[tuple[int, list[Any]]]:
+    """The same of what such a directory holds, of which the oldest segments may be gone."""
+    segments = [segment(name, files[name]) for name in sorted(files) if name.endswith(".wal")]
     assert len({epoch for epoch, _ in segments}) == 1
     found = [(seq, value) for _, frames in segments for seq, sort, value in frames if sort < 128]
-    assert [seq for seq, _ in found] == list(range(1, len(found) + 1))
+    assert not found or [seq for seq, _ in found] == list(range(found[0][0], found[-1][0] + 1))
     return found

@@ -168,7 +168,7 @@ def test_only_a_stop_at_the_very_end_is_an_orderly_end(directory: Path) -> None:
 def test_a_stop_is_remembered_across_the_beginning_of_a_segment(directory: Path) -> None:
     write(directory, [[*changes(20), Stop(9, "v", "b")], [change(10)]], SMALL_SEGMENTS)
     path = segment_path(directory, 22)
-    judged = judge.segment(path)[1]
+    judged = judge.segment(path.name, path.read_bytes())[1]
     assert judged[0][2] == [1, {}, 9, True]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from tests.unit.journal import judge
 from tests.unit.journal.support import AT_ONCE, SMALL_SEGMENTS, change, changes, only_segment, records, write
 from watchd.errors import JournalError
+from watchd.journal import writer
 from watchd.journal.format import LayerMark
 from watchd.journal.reader import read
-from watchd.journal.segments import list_segments
+from watchd.journal.recovery import lock
+from watchd.journal.segments import list_segments, segment_path
 from watchd.journal.writer import COMMIT_ENTRIES, Journal, JournalSettings
 from watchd.records import Record, Stop
 
@@ -186,7 +189,7 @@ def test_a_record_that_cannot_be_written_fails_the_journal_and_not_the_appender(
         with pytest.raises(JournalError, match="does not fit"):
             await journal.flush()
         assert journal.failed.done()
-        assert journal.append([change(3)]) == 3
+        assert journal.append([change(3)]) == 1
         journal.note({})
         with pytest.raises(JournalError):
             await journal.flush()
@@ -196,6 +199,120 @@ def test_a_record_that_cannot_be_written_fails_the_journal_and_not_the_appender(
     asyncio.run(main())
     write(directory, [[change(2)]])
     assert len(judge.records(directory)) == 2
+
+
+def test_a_record_that_cannot_be_written_is_gone_when_the_journal_is_opened_again(directory: Path) -> None:
+    async def body(journal: Journal) -> None:
+        journal.append([change(1), change(2, bytes(1 << 24)), change(3)])
+        stuck = asyncio.create_task(journal.flush())
+        with pytest.raises(JournalError, match="does not fit"):
+            await stuck
+        assert journal.failure
+        assert (journal.last_seq, journal.pending) == (0, 0)
+        late = asyncio.create_task(journal.flush())
+        epoch = journal.epoch
+        await journal.reopen()
+        with pytest.raises(JournalError, match="does not fit"):
+            await late
+        assert not journal.failure
+        assert journal.epoch == epoch
+        assert journal.append([change(4)]) == 1
+        await journal.flush()
+
+    run(directory, body)
+    assert [value[1] for _, value in judge.records(directory)] == [4]
+
+
+def test_a_bug_in_the_writer_fails_the_journal_and_is_logged_with_its_place(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Oddity:
+        time_ns = 0
+
+    async def body(journal: Journal) -> None:
+        journal.append([Oddity()])  # type: ignore[list-item]
+        with pytest.raises(JournalError, match=r"KeyError.*report this"):
+            await journal.flush()
+        assert "Traceback" in caplog.text
+        await journal.reopen()
+
+    run(directory, body)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_journal_that_is_removed_while_it_is_written_is_noticed_and_begun_anew(
+    directory: Path, idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else records would be acknowledged that go into a file without a name."""
+    monkeypatch.setattr(writer, "CHECK_INTERVAL_S", 0.001 if idle else 3600)
+
+    async def body(journal: Journal) -> None:
+        journal.append([change(1)])
+        await journal.flush()
+        epoch = journal.epoch
+        shutil.rmtree(directory)
+        if idle:
+            await journal.failed
+        journal.append([change(2)])
+        with pytest.raises(JournalError, match="was removed or replaced"):
+            await journal.flush()
+        await journal.reopen()
+        assert journal.epoch != epoch
+        assert journal.append([change(3)]) == 1
+        await journal.flush()
+
+    run(directory, body)
+    assert [value[1] for _, value in judge.records(directory)] == [3]
+
+
+def test_a_journal_that_is_moved_away_is_left_alone(directory: Path, tmp_path: Path) -> None:
+    async def body(journal: Journal) -> None:
+        journal.append([change(1)])
+        await journal.flush()
+        directory.rename(tmp_path / "elsewhere")
+        journal.append([change(2)])
+        with pytest.raises(JournalError, match="was removed or replaced"):
+            await journal.flush()
+        await journal.reopen()
+
+    run(directory, body)
+    assert [value[1] for _, value in judge.records(tmp_path / "elsewhere")] == [1]
+    assert judge.records(directory) == []
+
+
+def test_a_segment_that_is_lost_while_it_is_written_is_damage_and_no_number_is_given_twice(directory: Path) -> None:
+    async def main() -> None:
+        journal = await Journal.open(directory, SMALL_SEGMENTS)
+        for number in range(1, 30):
+            journal.append([change(number)])
+            await journal.flush()
+        segment_path(directory, list_segments(directory)[-1]).unlink()
+        journal.append([change(30)])
+        with pytest.raises(JournalError, match="was removed"):
+            await journal.flush()
+        for _ in range(2):
+            with pytest.raises(JournalError, match=r"is damaged at byte .* record 29 has been there.*verify"):
+                await journal.reopen()
+        assert "record 29 has been there" in str(journal.failure)
+        with pytest.raises(JournalError):
+            await journal.close()
+
+    asyncio.run(main())
+
+
+def test_a_failed_journal_is_free_for_whoever_repairs_it_and_not_taken_from_him(directory: Path) -> None:
+    async def main() -> None:
+        journal = await Journal.open(directory, AT_ONCE)
+        journal.append([change(1, bytes(1 << 24))])
+        with pytest.raises(JournalError):
+            await journal.flush()
+        await asyncio.wait([journal._committer])
+        with lock(directory), pytest.raises(JournalError, match="is being written by process"):
+            await journal.reopen()
+        await journal.reopen()
+        await journal.close()
+
+    asyncio.run(main())
 
 
 def test_a_refused_start_leaves_the_directory_to_others(directory: Path) -> None:
