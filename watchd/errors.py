@@ -3,7 +3,7 @@
 Every error that can reach a user carries one clear line: what is wrong and, in `remedy`, what to do about it. Which exit
 status an error becomes is decided in `watchd.cli` alone. The hierarchy splits errors by whose fault they are: problems of a
 watched tree (`LayerError`, `MountError`) degrade that tree and are reported; problems of our own journal (`JournalError`)
-are fatal.
+are fatal at the start, and later end all promises that need it, not the repairs.
 """
 
 from __future__ import annotations
@@ -62,4 +62,4 @@ class WireError(WatchdError):
 
 
 class JournalError(WatchdError):
-    """Our own journal cannot be read or written. Fatal for the daemon, never papered over."""
+    """Our own journal cannot be read or written. Never papered over."""

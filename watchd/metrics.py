@@ -38,6 +38,7 @@ class Snapshot:
     pinned_entries: Mapping[str, int] = field(default_factory=dict)
     journal_last_sequence: int = 0
     journal_bytes: int = 0
+    journal_failed: bool = False
     queue_bytes: int = 0
     muted_directories: int = 0
     drop_caches: int = 0
@@ -160,6 +161,9 @@ class _Gauges(Collector):
             "watchd_journal_last_sequence", "Sequence number of the last record.", value=now.journal_last_sequence
         )
         yield GaugeMetricFamily("watchd_journal_size_bytes", "Size of the journal.", value=now.journal_bytes)
+        yield GaugeMetricFamily(
+            "watchd_journal_failed", "Whether the journal cannot be written.", value=now.journal_failed
+        )
         yield GaugeMetricFamily(
             "watchd_queue_bytes", "Events that the kernel holds for watchd to read.", value=now.queue_bytes
         )

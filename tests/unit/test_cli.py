@@ -224,6 +224,12 @@ def test_status_in_a_pipe_is_plain_and_names_cannot_move_the_cursor(ask: Any, da
     assert daemon.requests == [{"verb": "status"}]
 
 
+def test_status_says_that_nothing_is_recorded_and_why(ask: Any, daemon: FakeDaemon) -> None:
+    failed = {"state": "failed", "reason": "cannot write: No space left; make\nroom"}
+    daemon.answers({**STATUS, "journal": {**STATUS["journal"], **failed}})
+    assert "/journal\n  failed: cannot write: No space left; make\\nroom\n" in ask("status").stdout
+
+
 def test_status_json_is_the_daemons_answer(ask: Any, daemon: FakeDaemon) -> None:
     daemon.answers(STATUS)
     assert json.loads(ask("status", "--json").stdout) == STATUS

@@ -62,6 +62,7 @@ class ObedientSource:
 
 class CountingJournal:
     pending = 0
+    failure = None
 
     def __init__(self) -> None:
         self.recovered = type("Recovered", (), {"layers": {}})()

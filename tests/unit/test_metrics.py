@@ -29,6 +29,7 @@ CONTRACT = {
     "watchd_verifications": ("counter", {"result"}),
     "watchd_journal_last_sequence": ("gauge", set()),
     "watchd_journal_size_bytes": ("gauge", set()),
+    "watchd_journal_failed": ("gauge", set()),
     "watchd_journal_append_duration_seconds": ("histogram", set()),
     "watchd_journal_sync_duration_seconds": ("histogram", set()),
     "watchd_queue_bytes": ("gauge", set()),

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from watchd.cli.options import ask_daemon, config_option, json_option
-from watchd.cli.render import echo_json, echo_table, path_of, stale_lines
+from watchd.cli.render import echo_json, echo_table, path_of, printable, stale_lines
 
 
 @click.command("status")
@@ -39,6 +39,8 @@ def _echo_status(result: Mapping[str, Any]) -> None:
         ["EPOCH", "FIRST", "LAST", "BYTES", "PATH"],
         [[journal["epoch"], journal["first_seq"], journal["last_seq"], journal["bytes"], path_of(journal)]],
     )
+    if journal.get("state") == "failed":
+        click.echo(f"  failed: {printable(journal['reason'])}")
     if result["cursors"]:
         rows = [[cursor["name"], cursor["cursor"]] for cursor in result["cursors"]]
         _echo_section("Cursors", ["NAME", "CURSOR"], rows)

@@ -39,6 +39,7 @@ from watchd.records import Action, Damage, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.control import ControlServer
 from watchd.service.hooks import HookBook, tell_missing_programs
+from watchd.service.keeper import JournalKeeper
 from watchd.service.layers import RETRY_S, LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
@@ -85,10 +86,12 @@ class Daemon:
         self._rounds: deque[Round] = deque()
         """What the engine's threads have told and is not recorded yet."""
         self._rounds_told = False
+        self._told = ""
+        """How things are, as the service manager was told last."""
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT, or until the journal fails. Raises WatchdError."""
+        """Until SIGTERM or SIGINT. Raises WatchdError when it cannot start."""
         for number in (signal.SIGTERM, signal.SIGINT):  # from the beginning, so that no stop is in bad order
             self._loop.add_signal_handler(number, self._stop.set)
         async with contextlib.AsyncExitStack() as stack:
@@ -138,6 +141,7 @@ class Daemon:
         )
         stack.push_async_callback(self._mounts.close)
         stack.push_async_callback(self._layers.close)
+        self._keeper = JournalKeeper(self._journal, self._layers, changed=self._journal_changed)
         parts = self._mounts, self._layers, self._engine, self._journal, self._drop_caches
         self._metrics.show(partial(snapshot, *parts))
         self._loop.add_reader(self._mounts.fileno(), self._mounts_changed)
@@ -157,9 +161,10 @@ class Daemon:
         self._metrics.reloaded(ok=True, time_s=time.time())
 
     async def _serve(self) -> None:
-        tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._feed_watchdog())]
+        keeping = self._keep_looking(), self._feed_watchdog(), self._keeper.run()
+        tasks = [asyncio.create_task(work) for work in keeping]
         stop = asyncio.create_task(self._stop.wait())
-        watched: list[asyncio.Future[Any]] = [stop, self._journal.failed, *tasks]
+        watched: list[asyncio.Future[Any]] = [stop, *tasks]
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -170,11 +175,9 @@ class Daemon:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
-        if self._journal.failed.done():
-            raise self._journal.failed.result()
 
     async def _close_journal(self) -> None:
-        if self._journal.failed.done():
+        if self._journal.failure:  # it was told
             with contextlib.suppress(JournalError):
                 await self._journal.close()
             return
@@ -197,6 +200,7 @@ class Daemon:
                 async with asyncio.timeout(LOOK_INTERVAL_S):
                     told = bool(await self._look.wait())
             self._look.clear()
+            self._tell_summary()
             overdue = time.monotonic() - troubled_at > TROUBLE_INTERVAL_S and self._mounts.troubled()
             if told or overdue or await self._mounts.namespaces_changed():
                 troubled_at = time.monotonic()
@@ -214,7 +218,6 @@ class Daemon:
             log.error("looking for mounts failed: %s", error)
         self._hooks.keep(self._mounts.mounts)
         self._stale_log.keep(self._mounts.mounts)
-        notify(STATUS=self._summary())
 
     async def _feed_watchdog(self) -> None:
         interval = watchdog_interval_s()
@@ -223,10 +226,23 @@ class Daemon:
             await asyncio.sleep(interval)
         await asyncio.Event().wait()
 
+    def _tell_summary(self) -> None:
+        """To the service manager, where it has changed."""
+        if self._told != (summary := self._summary()):
+            self._told = summary
+            notify(STATUS=summary)
+
     def _summary(self) -> str:
         layers = list(self._layers.layers.values())
         live = sum(layer.state == "live" for layer in layers)
-        return f"{len(self._mounts.mounts)} mounts, {live} of {len(layers)} layers live"
+        summary = f"{len(self._mounts.mounts)} mounts, {live} of {len(layers)} layers live"
+        return f"{summary}; nothing is recorded: {failure}" if (failure := self._journal.failure) else summary
+
+    def _journal_changed(self) -> None:
+        """The journal has failed, or is written again."""
+        if not self._journal.failure and not self._journal.last_seq:  # a new one
+            self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
+        self._tell_summary()
 
     # ---- what the engine and the journal tell -----------------------------------------------------------------------
 
@@ -294,20 +310,7 @@ class Daemon:
         deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         try:
             async with asyncio.timeout(timeout_s):
-                mounts, unmatched = await self._select(patterns)
-                if unmatched:
-                    raise UsageError(
-                        f"no overlay mount matches {unmatched[0]!r}",
-                        remedy="see `watchd status` for those that are kept",
-                    )
-                for _ in range(SYNC_ROUNDS):
-                    await self._verify(mounts, deadline_ns, every_layer=not patterns)
-                    if all(self._engine.state(mount.overlay.device) for mount in mounts):
-                        break
-                    mounts, _ = await self._select(patterns)  # one was replaced or unmounted meanwhile
-                await self._journal.flush()
-                if any(state_of(mount, self._engine).state == "failed" for mount in mounts):
-                    await self._mounts.refresh()  # perhaps it was unmounted meanwhile
+                mounts = await self._keeper.guard(self._bring_in_step(patterns, deadline_ns))
         except TimeoutError:
             reasons = filter(None, (self._waits_for(mount) for mount in self._mounts.select(patterns)[0]))
             raise DeadlineError(
@@ -317,6 +320,23 @@ class Daemon:
         # What was unmounted meanwhile is not asked for any more.
         kept = [mount for mount in mounts if self._mounts.mounts.get(mount.overlay.device) is mount]
         return {"mounts": mounts_status(kept, self._engine)}
+
+    async def _bring_in_step(self, patterns: Sequence[str], deadline_ns: int) -> list[Mount]:
+        """Returns the mounts when all that happened before was looked at and recorded. Raises TimeoutError, WatchdError."""
+        mounts, unmatched = await self._select(patterns)
+        if unmatched:
+            raise UsageError(
+                f"no overlay mount matches {unmatched[0]!r}", remedy="see `watchd status` for those that are kept"
+            )
+        for _ in range(SYNC_ROUNDS):
+            await self._verify(mounts, deadline_ns, every_layer=not patterns)
+            if all(self._engine.state(mount.overlay.device) for mount in mounts):
+                break
+            mounts, _ = await self._select(patterns)  # one was replaced or unmounted meanwhile
+        await self._journal.flush()
+        if any(state_of(mount, self._engine).state == "failed" for mount in mounts):
+            await self._mounts.refresh()  # perhaps it was unmounted meanwhile
+        return mounts
 
     def _waits_for(self, mount: Mount) -> str:
         state, reason, *_ = state_of(mount, self._engine)

@@ -1,8 +1,8 @@
 """What the journal may be missing of each layer, and how that is found.
 
-When events may have been lost (overflow, restart, a source that broke) the desync is recorded at once; then the source
-recovers, so that nothing falls between, a scan looks for what changed, the mounts over the layer are invalidated, and the resync is
-recorded. There is one path for all of them.
+When events may have been lost (overflow, restart, a source that broke) the desync is recorded at once, and when the journal
+could not be written as soon as it can; then the source recovers, so that nothing falls between, a scan looks for what changed,
+the mounts over the layer are invalidated, and the resync is recorded. There is one path for all of them.
 
 All methods run in the event loop's thread where nothing else is said.
 """
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+
+import msgspec
 
 from watchd.coherence.engine import Engine
 from watchd.errors import LayerError
@@ -60,6 +62,8 @@ class Gaps:
         self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
         self._marked_ns = 0
         self._unmarked = False
+        self._untold: set[str] = set()
+        """Layers whose desync could not be recorded."""
 
     def began(self, layer: Layer, started_ns: int) -> None:
         """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it."""
@@ -79,7 +83,7 @@ class Gaps:
     def complete_until(self, layers: Iterable[Layer], complete_ns: int) -> None:
         """Everything before was recorded for these layers, as far as they have no gap."""
         for layer in layers:
-            if not layer.desync_seq:
+            if not layer.desync_seq and not self._journal.failure:
                 layer.complete_ns = max(layer.complete_ns, complete_ns)
         self._unmarked = True
 
@@ -106,10 +110,47 @@ class Gaps:
         layer.become("desynced", reason)
         if layer.desync_seq:
             return
+        if self._journal.failure:
+            self._untold.add(layer.name)
         layer.desync_seq = self._journal.append([Desync(time.time_ns(), layer.name, reason)])
         self._metrics.desync(layer.name, reason)
         self.note_marks()
         log.warning("layer %s: changes may have been missed (%s)", layer.name, reason)
+
+    def journal_lost(self) -> None:
+        """The journal has failed: changes of every layer are missing from now on."""
+        for layer in self._watched():
+            if layer.state == "live" and layer.complete_ns:
+                layer.become("desynced", "limit")
+
+    def journal_back(self) -> None:
+        """The journal is written again: every layer has missed something, and how far it was complete is what is on disk."""
+        noted = {**self._marks, **self._journal.recovered.layers}
+        for layer in self._watched():
+            if not layer.complete_ns:
+                continue  # it has no records of its own
+            mark = noted.get(layer.name)
+            if mark is not None and mark.path == layer.directory.path:
+                layer.complete_ns = mark.complete_until_ns
+            state, layer.desync_seq, layer.differences = (layer.state, layer.reason), 0, 0
+            self.desync(layer, "limit")
+            if layer.worker is None:
+                layer.become(*state)  # it is scanned when it can be watched
+            elif state[0] == "scanning":
+                layer.become("scanning", "limit")
+                layer.scan_again = True
+            else:
+                self._recover(layer)
+            self._untold.discard(layer.name)
+        self._tell_of_the_dropped()
+
+    def _tell_of_the_dropped(self) -> None:
+        """Layers that nobody watches any more, since a time when that could not be recorded."""
+        for name in self._untold & self._marks.keys():
+            seq = self._journal.append([Desync(time.time_ns(), name, "limit")])
+            self._marks[name] = msgspec.structs.replace(self._marks[name], open_desync=seq)
+        self._untold.clear()
+        self.note_marks()
 
     def overflowed(self, layers: Iterable[Layer]) -> None:
         """Events of these layers were lost, and their source goes on."""
@@ -166,6 +207,9 @@ class Gaps:
             self._recover(layer)
             return
         self._engine.doubt(layer.devices | layer.data_of)
+        if self._journal.failure:
+            layer.become("desynced", "limit")
+            return
         self._journal.append([Resync(time.time_ns(), layer.name, layer.desync_seq, layer.differences)])
         log.info("layer %s: in step again, %d differences", layer.name, layer.differences)
         layer.desync_seq = layer.differences = 0

@@ -123,6 +123,10 @@ class Intake:
         if changes:
             self._metrics.changes(Counter((change.layer, change.kinds) for change in changes))
 
+    def forget_sequences(self) -> None:
+        """The journal has given numbers to records that it lost."""
+        self._sequences.clear()
+
     def sequence_of(self, number: int) -> int:
         """The sequence number of the last change of a batch."""
         return self._sequences.get(number, 0) if number else 0

@@ -125,6 +125,15 @@ class LayerBook:
         """Which mounts a layer's changes concern was changed."""
         self._intake.reroute(self.layers.values())
 
+    def journal_lost(self) -> None:
+        """Nothing is recorded any more."""
+        self._gaps.journal_lost()
+
+    def journal_back(self) -> None:
+        """It is again, and what was not is looked for."""
+        self._intake.forget_sequences()
+        self._gaps.journal_back()
+
     async def close(self) -> None:
         """Collect what is queued, note how far every layer is complete and end all workers."""
         answering = {layer.worker for layer in self.layers.values() if layer.worker and not layer.waiting()}
