@@ -1,5 +1,5 @@
 """The daemon is killed on real mounts, as the kernel tests have them."""
 
-from tests.kernel.conftest import daemon, own_mount_namespace, sandbox
+from tests.kernel.conftest import daemon, own_mount_namespace, sandbox, workspace
 
-__all__ = ["daemon", "own_mount_namespace", "sandbox"]
+__all__ = ["daemon", "own_mount_namespace", "sandbox", "workspace"]
