@@ -152,6 +152,8 @@ class MemoryDisk:
         """The power goes in the midst of the operation with this number."""
         self.errors: dict[int, int] = {}
         """The operation with this number fails with this errno; 0: a write that is cut short."""
+        self.room: int | None = None
+        """Files can grow by so many bytes; None: there is no end."""
         self.on_cut: Callable[[], None] = lambda: None
         self.is_dead = False
         self.chance = random.Random(0)
@@ -196,6 +198,13 @@ class MemoryDisk:
         number = len(self.operations)
         self.operations.append(operation)
         return number == self.cut_at, self.errors.get(number)
+
+    def take_room(self, count: int) -> None:
+        """Raises ENOSPC where a file grows too much."""
+        if self.room is not None and count > 0:
+            if count > self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.room -= count
 
     def die(self) -> None:
         """The power goes."""
@@ -286,6 +295,7 @@ class MemoryFile:
             raise OSError(error, os.strerror(error))
         if error == 0 and len(data) > 1:
             data = data[: self._disk.chance.randrange(1, len(data))]
+        self._disk.take_room(offset + len(data) - len(self._inode.seen))
         self._inode.do(Write(offset, bytes(data)))
         if is_cut:
             self._disk.die()

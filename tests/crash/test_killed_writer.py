@@ -19,6 +19,8 @@ from watchd.journal.reader import Follower, read
 from watchd.journal.recovery import lock, recover
 
 ROUNDS_IN_ONE_DIRECTORY = 10
+OPERATIONS = 200
+"""A start, and some segments with what is left of the one before."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -89,7 +91,7 @@ class Witness:
 def test_sigkill_at_any_file_operation_loses_no_acknowledged_record(workspace: Path, writers: Writers) -> None:
     for number in range(rounds(120)):
         witness = Witness(workspace / str(number // ROUNDS_IN_ONE_DIRECTORY))
-        for word, rest in writers.begin(witness.directory, operations=number):
+        for word, rest in writers.begin(witness.directory, operations=number % OPERATIONS):
             assert word == "acknowledged"
             witness.hears(int(rest))
         witness.judges()

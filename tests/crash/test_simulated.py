@@ -16,7 +16,9 @@ import pytest
 from tests.crash.memory_disk import READING, Loss, MemoryDisk, PowerCutError
 from tests.crash.model import DIRECTORY, ROOT, SMALL, Session, check, check_that_it_goes_on, opened_at, until_power_cut
 from tests.soak import rounds
-from watchd.journal.writer import JournalSettings
+from watchd.errors import JournalError
+from watchd.journal.writer import Journal, JournalSettings
+from watchd.records import Change
 
 SEEDS = {Loss.DROP: 1, Loss.APPLY: 1, Loss.REORDER: rounds(6), Loss.TEAR: rounds(6)}
 
@@ -141,6 +143,29 @@ def test_an_error_of_any_operation_is_survived_in_place_and_nothing_is_believed(
         check(session.disk.after_power_cut(Loss.DROP, 0), session)
         check(session.disk.after_kill(), session)
     assert failures > len(OPERATIONS) / 3
+
+
+def test_a_journal_is_not_opened_again_on_a_disk_that_would_be_full_at_once() -> None:
+    """Else every attempt would end in another gap, and another scan of everything."""
+
+    async def main() -> None:
+        disk = MemoryDisk(ROOT)
+        journal = await Journal.open(DIRECTORY, SMALL, disk=disk)
+        disk.room = 200
+        for _ in range(9):
+            journal.append([Change(1, "base", b"etc/x", 1, True, False)])
+        with pytest.raises(JournalError, match="No space left"):
+            await journal.flush()
+        for _ in range(3):
+            with pytest.raises(JournalError, match="No space left on device; make room"):
+                await journal.reopen()
+            assert "No space left" in str(journal.failure)
+        disk.room = None
+        await journal.reopen()
+        await journal.close()
+        assert set(disk.files(DIRECTORY)) == {"lock", "00000000000000000001.wal"}
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("name", ["sync", "pwrite", "sync_directory"])
