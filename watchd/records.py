@@ -85,7 +85,9 @@ class Change(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """Where a renamed object came from, if that was inside the same layer."""
     inode: int | None = None
     pid: int | None = None
+    """The process that made the change, in watchd's pid namespace; of several, the one that was heard first."""
     command: bytes | None = None
+    """What that process called itself when the change was looked at; None when it had ended by then."""
     via: int = Via.EVENT
     status: bytes | None = None
     """`Status`, packed, as looked at together with `inode`; None if it does not exist."""

@@ -29,6 +29,7 @@ from watchd.sources.base import Batch, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
 from watchd.sources.mute import Mutes
 from watchd.sources.tree import DirectoryTree
+from watchd.sources.who import Commands, shows_our_ids
 from watchd.wire.fanotify import MASK, MASK_BITS, Events, by_directory, decode, file_handle, split
 
 FIRST_READ_BYTES = 32 * 1024
@@ -76,6 +77,7 @@ class FanotifySource:
         self.mutes = Mutes(self._group, self._tree)
         self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
         self._kinds: dict[int, int] = {}
+        self._knows_commands = shows_our_ids()
 
     def fileno(self) -> int:
         return self._group
@@ -120,6 +122,7 @@ class FanotifySource:
         emptied = self._read(events)
         if not events.records:
             return None
+        commands = Commands() if self._knows_commands else None
         self._tree.begin()
         linked: set[str] = set()
         moved_in = self._learn_directories(events, linked)
@@ -146,7 +149,7 @@ class FanotifySource:
             moved_in=moved_in,
             suspects=suspects,
             linked=linked,
-            look=partial(self._look, groups, now_ns, linked),
+            look=partial(self._look, groups, commands, now_ns, linked),
         )
 
     def _in_layers(self, directories: _Directories, events: Events) -> list[tuple[bytes, Place, list[Touch]]]:
@@ -229,12 +232,14 @@ class FanotifySource:
             for name, value, key in names
         ]
 
-    def _look(self, groups: list[tuple[bytes, Place, list[Touch]]], now_ns: int, linked: set[str]) -> list[Change]:
+    def _look(
+        self, groups: list[tuple[bytes, Place, list[Touch]]], commands: Commands | None, now_ns: int, linked: set[str]
+    ) -> list[Change]:
         changes: list[Change] = []
         for handle, place, touches in groups:
             descriptor = self._tree.open(handle)
             try:
-                changes += look(descriptor, place.layer, touches, now_ns, linked=linked)
+                changes += look(descriptor, place.layer, touches, now_ns, linked=linked, commands=commands)
             finally:
                 if descriptor is not None:
                     os.close(descriptor)

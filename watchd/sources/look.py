@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from watchd.records import Change, Kind, Via, pack_status
+from watchd.sources.who import Commands
 
 SELF = b"."
 
@@ -47,11 +48,18 @@ class Touch(msgspec.Struct, frozen=True, gc=False):
 
 
 def look(
-    directory: int | None, layer: str, touches: Iterable[Touch], time_ns: int, *, linked: set[str] | None = None
+    directory: int | None,
+    layer: str,
+    touches: Iterable[Touch],
+    time_ns: int,
+    *,
+    linked: set[str] | None = None,
+    commands: Commands | None = None,
 ) -> list[Change]:
     """Changes for the touched names, as they are now below `directory` (None: the directory itself is gone).
 
-    The layer's name is added to `linked` if attributes changed of an object that has other names too, which no event tells.
+    `commands` names the processes that touched them. The layer's name is added to `linked` if attributes changed of an object
+    that has other names too, which no event tells.
     """
     changes = []
     for touch in touches:
@@ -78,7 +86,7 @@ def look(
                 touch.from_path,
                 inode,
                 touch.pid,
-                None,
+                commands.of(touch.pid) if commands is not None and touch.pid else None,
                 _EVENT,
                 packed,
             )
