@@ -7,6 +7,7 @@ import pytest
 
 from tests.unit.fake_daemon import FakeDaemon
 from watchd import client, errors
+from watchd.client import protocol
 
 ANY_TIME = 60.0
 NO_TIME = 0.01
@@ -67,14 +68,15 @@ def test_a_full_backlog_waits_and_then_is_a_deadline(tmp_path: Path) -> None:
 
 
 def test_an_endless_answer_does_not_fill_the_memory(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "ANSWER_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(protocol, "ANSWER_LIMIT_BYTES", 1 << 20)
     daemon.sends(b"x" * (4 << 20))
     with pytest.raises(errors.WatchdError, match="larger than 1 MiB"):
         client.request(daemon.directory, "status", timeout=ANY_TIME)
 
 
 @pytest.mark.parametrize(
-    "raw", [b"\n", b"nonsense\n", b"[]\n", b"{}\n", b'{"ok": true}\n', b'{"ok": false}\n', b"\xff\n", b"[" * 100_000]
+    "raw",
+    [b"\n", b"nonsense\n", b"[]\n", b"{}\n", b'{"ok": true}\n', b'{"ok": false}\n', b"\xff\n", b"[" * 100_000 + b"\n"],
 )
 def test_an_answer_that_is_none_is_one_clear_error(daemon: FakeDaemon, raw: bytes) -> None:
     daemon.sends(raw)
