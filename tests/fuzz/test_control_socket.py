@@ -18,9 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.journal.support import AT_ONCE
+from tests.unit.served import Served
 from watchd.config.schema import Control
 from watchd.config.units import FileMode
 from watchd.errors import ConfigError, MountError, UsageError
+from watchd.records import Change
+from watchd.service import consumers
 from watchd.service.control import CONNECTIONS_MAX, REQUEST_MAX_BYTES, ControlServer
 
 PATIENCE_S = 30.0
@@ -292,3 +296,67 @@ def test_a_file_that_is_no_socket_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is in the way"), Server(tmp_path).serving():
         pass
     assert (tmp_path / "watchd.sock").read_text() == "precious"
+
+
+# ---- the verbs for consumers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch, Served(tmp_path_factory.mktemp("served"), AT_ONCE).serving() as served:
+        patch.setattr(consumers, "HEARTBEAT_S", 0.01)  # so that those who left make room
+        served.append([Change(1, "base", b"d/\xff", 1, True, False)] * 3)
+        yield served
+
+
+words = st.text() | st.sampled_from(
+    ["now", "beginning", "a-name", "../x", "a/b", "0" * 16 + ":1", "\ud800", "\udcff", "\0"]
+)
+arguments = st.fixed_dictionaries(
+    {},
+    optional={
+        "since": words | anything,
+        "layers": st.lists(words) | anything,
+        "prefix": words | anything,
+        "dirs": st.booleans() | anything,
+        "ancestors": st.booleans() | anything,
+        "name": words | anything,
+        "cursor": words | anything,
+    },
+)
+
+
+@settings(deadline=None)
+@given(verb=st.sampled_from(["changes", "cursors", "cursor_set", "cursor_delete"]), arguments=arguments)
+def test_a_consumer_with_odd_wishes_gets_an_answer_or_a_refusal(
+    served: Served, verb: str, arguments: dict[str, Any]
+) -> None:
+    answer = decoded(exchange(served, {**arguments, "verb": verb}))
+    assert answer["ok"] or answer["kind"] == "usage", answer
+    inside = {path.name for path in served.directory.iterdir()}
+    assert inside == {"state", "watchd.sock"}, "a cursor with a name that leads elsewhere"
+
+
+@settings(deadline=None)
+@given(arguments=arguments, taken=st.integers(0, 300))
+def test_who_follows_with_odd_wishes_or_leaves_at_any_byte_harms_nobody(
+    served: Served, arguments: dict[str, Any], taken: int
+) -> None:
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(PATIENCE_S)
+        peer.connect(str(served.directory / "watchd.sock"))
+        peer.sendall(json.dumps({"since": "beginning", **arguments, "verb": "follow"}).encode() + b"\n")
+        first = peer.makefile("rb").readline()
+        answer = decoded(first)
+        assert answer["ok"] or answer["kind"] == "usage"
+        if answer["ok"] and taken:
+            peer.recv(taken)
+    assert decoded(exchange(served, {"verb": "cursors"}))["ok"]
+
+
+def exchange(served: Served, request: dict[str, Any]) -> bytes:
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(PATIENCE_S)
+        peer.connect(str(served.directory / "watchd.sock"))
+        peer.sendall(json.dumps(request).encode() + b"\n")
+        return received(peer)

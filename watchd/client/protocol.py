@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def understanding() -> Iterator[None]:
     """Makes one clear error of an answer that is none."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         remedy = "restart it if it is of another version"
         raise WatchdError("the daemon's answer cannot be understood", remedy=remedy) from None
 

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from watchd.client.protocol import understanding
-from watchd.records import Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
+from watchd.records import STATUS, Action, Change, Damage, Desync, Kind, Record, Resync, Start, Stop, Via
 
 STALE_STATES: Final = frozenset({"stale", "pinned", "failed"})
 
@@ -97,7 +97,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     epoch: str
     first_seq: int
     last_seq: int
-    bytes: int
+    size_bytes: int = msgspec.field(name="bytes")
 
 
 class Cursor(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +145,8 @@ class DirectoryEntry(msgspec.Struct, frozen=True, kw_only=True):
     path: bytes
     seq: int
     """Of the last such record."""
+    recursive: bool = False
+    """See `PathEntry`."""
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,8 +232,16 @@ def record_of(value: Mapping[str, Any]) -> tuple[int, Record] | None:
             known["from_path"] = known.get("from")
             known["kinds"] = sum(_KINDS.get(word, 0) for word in value["kinds"])
             known["via"] = _VIAS.get(value["via"], int(Via.EVENT))
+            known["status"] = _status(value)
         record = kind(**{name: known[name] for name in kind.__struct_fields__ if name in known})
         return int(value["seq"]), record
+
+
+def _status(value: Mapping[str, Any]) -> bytes | None:
+    if "ctime" not in value:
+        return None
+    times = parse_time(value["ctime"]), parse_time(value["mtime"])
+    return STATUS.pack(int(value["mode"], 8), value["uid"], value["gid"], value["size"], *times)
 
 
 def parse_time(text: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -89,13 +90,14 @@ class Follower:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def poll(self) -> list[NumberedRecord]:
+    def poll(self, *, upto: int | None = None) -> list[NumberedRecord]:
         """The next records, a chunk's worth at most; none when the end is reached for now.
 
+        `upto`: nothing behind this record, which the caller knows to be durable.
         Raises JournalError for damage. What was before it has been returned by then.
         """
         since = self._since
-        while (chunk := self.poll_frames()).frames:
+        while (chunk := self.poll_frames(upto=upto)).frames:
             wanted = [frame for frame in chunk.frames if frame[0] > since and frame[1] < NOTE]
             if records := [
                 (seq, entry) for seq, entry in self.decode(chunk, wanted) if not isinstance(entry, Checkpoint)
@@ -103,7 +105,7 @@ class Follower:
                 return records
         return []
 
-    def poll_frames(self) -> Chunk:
+    def poll_frames(self, *, upto: int | None = None) -> Chunk:
         """The next frames, those of notes and of records before the start too; none when the end is reached for now.
 
         For who looks at types and numbers before decoding. Raises JournalError like `poll`.
@@ -114,11 +116,13 @@ class Follower:
             here = self.position
             buffer, found = self._segment.frames(here.offset, here.seq)
             if found.frames:
-                end = here.offset + found.end
-                if following is None:
-                    self._segment.sync(end)
-                self.position = Position(here.segment, end, found.frames[-1][0])
-                return Chunk(buffer, found.frames, here)
+                frames = _until(found.frames, upto)
+                if frames:
+                    end = here.offset + frames[-1][3]
+                    if following is None and upto is None:
+                        self._segment.sync(end)
+                    self.position = Position(here.segment, end, frames[-1][0])
+                return Chunk(buffer, frames, here)
             if following is None:
                 if buffer and self._segment.is_damage(buffer, found, here.offset, here.seq):
                     raise self._damage(found.fault)
@@ -160,6 +164,13 @@ class Follower:
         self._segment.close()
         self._segment = segment
         self.position = Position(first_seq, HEADER_BYTES, first_seq - 1)
+
+
+def _until(frames: list[Frame], upto: int | None) -> list[Frame]:
+    """Those that are not behind record `upto`."""
+    if upto is None or frames[-1][0] <= upto:
+        return frames
+    return frames[: bisect_right(frames, upto, key=itemgetter(0))]
 
 
 def read(directory: Path, since: int = 0, *, disk: Disk = REAL) -> Iterator[NumberedRecord]:

@@ -130,6 +130,7 @@ def _status(packed: bytes | None) -> dict[str, Any]:
         "gid": status.gid,
         "size": status.size,
         "mtime": format_time(status.mtime_ns),
+        "ctime": format_time(status.ctime_ns),
     }
 
 

@@ -1,4 +1,4 @@
-"""The control socket: one JSON line in, one JSON line out.
+"""The control socket: one JSON line in, one JSON line out, or several for a verb that streams.
 
 Facts: the kernel checks write permission on the socket file at connect(2), so mode and group of the file decide who may ask at
 all (unix(7)); SO_PEERCRED tells who asks, as of connect, and cannot be forged.
@@ -15,9 +15,9 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from watchd.config.schema import SOCKET_NAME, Control
 from watchd.errors import (
@@ -48,16 +48,28 @@ _KINDS: tuple[tuple[type[WatchdError], str], ...] = (
 )
 _ucred = struct.Struct("=iII")
 
+Encoded = NewType("Encoded", bytes)
+"""A result that is JSON already, in one line of ASCII or UTF-8."""
+
 Verb = Callable[[Mapping[str, Any]], Awaitable[Any]]
+Stream = Callable[[Mapping[str, Any]], AsyncGenerator[bytes, None]]
+"""A verb that gives whole lines, as they are to be sent and without their end."""
 
 
 class ControlServer:
     """Answers requests on `<runtime_directory>/watchd.sock`."""
 
-    def __init__(self, runtime_directory: Path, verbs: Mapping[str, Verb], *, root_only: frozenset[str]) -> None:
+    def __init__(
+        self,
+        runtime_directory: Path,
+        verbs: Mapping[str, Verb],
+        *,
+        root_only: frozenset[str],
+        streams: Mapping[str, Stream] | None = None,
+    ) -> None:
         """`root_only`: verbs that change something, for root and the daemon's own user only."""
         self._path = runtime_directory / SOCKET_NAME
-        self._verbs, self._root_only = verbs, root_only
+        self._verbs, self._streams, self._root_only = verbs, streams or {}, root_only
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -101,39 +113,37 @@ class ControlServer:
         self._tasks.add(task)
         try:
             if len(self._tasks) <= CONNECTIONS_MAX:
-                writer.write(await self._answer(reader, writer) + b"\n")
-                await writer.drain()
+                async with contextlib.aclosing(self._answer(reader, writer)) as lines:
+                    async for line in lines:
+                        writer.write(line + b"\n")
+                        await writer.drain()  # what a peer does not take is not made
         except (OSError, asyncio.CancelledError):
             pass  # the peer is gone, or we are
         finally:
             self._tasks.discard(task)
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> AsyncGenerator[bytes, None]:
+        """The lines of the answer."""
         try:
-            line = await _read_request(reader)
-            return _encode({"ok": True, "result": await self._dispatch(line, writer)})
+            verb, request = _parse(await _read_request(reader))
+            self._check_peer(verb, writer.get_extra_info("socket"))
+            if stream := self._streams.get(verb):
+                async with contextlib.aclosing(stream(request)) as lines:
+                    async for line in lines:
+                        yield line
+            elif known := self._verbs.get(verb):
+                yield _success(await known(request))
+            else:
+                raise UsageError(f"unknown verb {verb!r}", remedy="use the watchd command of the same version")
         except WatchdError as error:
             kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), "internal")
-            return _failure(str(error), kind)
+            yield _failure(str(error), kind)
         except OSError as error:
-            return _failure(f"{error.filename or 'internal error'}: {error.strerror}", "internal")
+            yield _failure(f"{error.filename or 'internal error'}: {error.strerror}", "internal")
         except Exception as error:
             log.exception("a request failed")
-            return _failure(f"internal error, please report it: {error!r}", "internal")
-
-    async def _dispatch(self, line: bytes, writer: asyncio.StreamWriter) -> Any:
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"bad request: {error}") from None
-        if not isinstance(request, dict):
-            raise UsageError("bad request: not an object")
-        verb = request.pop("verb", None)
-        if not isinstance(verb, str) or verb not in self._verbs:
-            raise UsageError(f"unknown verb {verb!r}", remedy="use the watchd command of the same version")
-        self._check_peer(verb, writer.get_extra_info("socket"))
-        return await self._verbs[verb](request)
+            yield _failure(f"internal error, please report it: {error!r}", "internal")
 
     def _check_peer(self, verb: str, peer: socket.socket) -> None:
         _, uid, _ = _ucred.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
@@ -149,6 +159,25 @@ async def _read_request(reader: asyncio.StreamReader) -> bytes:
         raise UsageError("bad request: it did not arrive in time") from None
     except ValueError as error:
         raise UsageError(f"bad request: {error}") from None
+
+
+def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"bad request: {error}") from None
+    if not isinstance(request, dict):
+        raise UsageError("bad request: not an object")
+    verb = request.pop("verb", None)
+    if not isinstance(verb, str):
+        raise UsageError(f"unknown verb {verb!r}", remedy="use the watchd command of the same version")
+    return verb, request
+
+
+def _success(result: Any) -> bytes:
+    if isinstance(result, bytes):  # Encoded
+        return b'{"ok": true, "result": %b}' % result
+    return _encode({"ok": True, "result": result})
 
 
 def _failure(message: str, kind: str) -> bytes:

@@ -37,6 +37,7 @@ from watchd.kernel.namespaces import Courier
 from watchd.metrics import Metrics
 from watchd.records import Action, Damage, Start, Stop
 from watchd.service import logs, preflight
+from watchd.service.consumers import Consumers
 from watchd.service.control import ControlServer
 from watchd.service.hooks import HookBook, tell_missing_programs
 from watchd.service.keeper import JournalKeeper
@@ -107,6 +108,7 @@ class Daemon:
             config.state_directory / "journal", self._journal_settings(), on_commit=self._committed
         )
         stack.push_async_callback(self._close_journal)
+        self._consumers = Consumers(self._journal, config.state_directory)
         self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
         tools = Tools(Handles(), Courier(timeout_s=None), DropCaches(int(config.coherence.drop_caches_interval)))
         stack.callback(tools.courier.close)
@@ -151,11 +153,21 @@ class Daemon:
         await self._mounts.refresh()
         self._control = ControlServer(
             config.runtime_directory,
-            {"status": self._status, "sync": self._sync, "reload": self._reload},
-            root_only=frozenset({"reload"}),
+            {
+                "status": self._status,
+                "sync": self._sync,
+                "reload": self._reload,
+                "changes": self._consumers.changes,
+                "cursors": self._consumers.cursors,
+                "cursor_set": self._consumers.set_cursor,
+                "cursor_delete": self._consumers.delete_cursor,
+            },
+            streams={"follow": self._consumers.follow},
+            root_only=frozenset({"reload", "cursor_set", "cursor_delete"}),
         )
         await self._control.start(config.control)
         stack.push_async_callback(self._control.close)
+        stack.push_async_callback(self._consumers.close)
         await self._listen()
         stack.push_async_callback(in_thread, self._metrics.close, name="end")
         self._metrics.reloaded(ok=True, time_s=time.time())
@@ -299,6 +311,7 @@ class Daemon:
     def _committed(self, records: int, append_s: float, sync_s: float) -> None:
         self._metrics.append_duration.observe(append_s)
         self._metrics.sync_duration.observe(sync_s)
+        self._consumers.committed()
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 

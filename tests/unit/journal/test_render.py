@@ -24,7 +24,7 @@ HEAD = {"seq": 4, "time": "2023-11-14T22:13:20.000000009Z"}
                    status=STATUS.pack(0o100644, 3, 4, 5, T, T)),
             {"type": "change", "layer": "base", "path": "a/b", "kinds": ["create", "rename", "attrib"], "exists": True,
              "is_dir": False, "from": "c", "inode": 7, "mode": "100644", "uid": 3, "gid": 4, "size": 5,
-             "mtime": HEAD["time"], "pid": 8, "command": "mv", "via": "event"},
+             "mtime": HEAD["time"], "ctime": "2023-11-14T22:13:20.000000009Z", "pid": 8, "command": "mv", "via": "event"},
         ),
         (
             Change(T, "base", b"\xff", Kind.DELETE | Kind.MODIFY, False, True, via=Via.SCAN),
