@@ -11,6 +11,9 @@ import os
 import random
 import sys
 
+FILES_MAX, DIRECTORIES_MAX = 1000, 200
+"""A small filesystem has room for so many."""
+
 
 class Writer:
     def __init__(self, seed: int, notes: int, homes: list[bytes]) -> None:
@@ -94,7 +97,9 @@ class Writer:
         deeds += [self.mkdir] * 2 + [self.rename_directory]
         for done in range(1, operations + 1):
             deed = self.random.choice(deeds)
-            if not self.files:
+            if len(self.files) > FILES_MAX:
+                deed = self.unlink
+            elif not self.files or (deed == self.mkdir and len(self.directories) > DIRECTORIES_MAX):
                 deed = self.create
             deed()
             os.pwrite(counter, b"%12d" % done, 0)

@@ -226,6 +226,16 @@ def test_a_journal_that_breaks_ends_the_following_with_an_error(served: Served, 
         list(records)
 
 
+def test_a_journal_that_was_begun_anew_ends_the_following(served: Served) -> None:
+    served.append(changed(b"a"))
+    with Client(served.directory).follow("beginning") as records:
+        assert paths([next(records)]) == [b"a"]
+        served.journal.epoch = "0" * 16
+        served.append(changed(b"b"))
+        with pytest.raises(JournalError, match="begun anew"):
+            next(records)
+
+
 # ---- changes and cursors --------------------------------------------------------------------------------------------
 
 

@@ -167,10 +167,13 @@ class Follower:
 
 
 def _until(frames: list[Frame], upto: int | None) -> list[Frame]:
-    """Those that are not behind record `upto`."""
-    if upto is None or frames[-1][0] <= upto:
+    """Those that are not behind record `upto`; notes at the end of them may not be durable yet."""
+    if upto is None or frames[-1][0] < upto:
         return frames
-    return frames[: bisect_right(frames, upto, key=itemgetter(0))]
+    end = bisect_right(frames, upto, key=itemgetter(0))
+    while end and frames[end - 1][1] >= NOTE:
+        end -= 1
+    return frames[:end]
 
 
 def read(directory: Path, since: int = 0, *, disk: Disk = REAL) -> Iterator[NumberedRecord]:

@@ -141,6 +141,8 @@ class Consumers:
 
     async def _lines(self, reading: Reading) -> AsyncGenerator[bytes, None]:
         while not self._ending:
+            if self._journal.epoch != reading.epoch:
+                raise JournalError("the journal was begun anew", remedy="look at everything once, and go on from now")
             if self._journal.durable_seq > reading.seq:
                 yield await in_thread(partial(reading.next_line, self._journal.durable_seq), name="follow")
                 continue
@@ -156,14 +158,14 @@ class Consumers:
 
 
 class Reading:
-    """One follower's place in the journal. All but `seq` and `heartbeat` block, and are called in threads."""
+    """One follower's place in the journal. Its methods but `heartbeat` block, and are called in threads."""
 
     def __init__(self, directory: Path, layers: frozenset[str]) -> None:
         self._directory, self._layers = directory, layers
         self._lock = threading.Lock()
         self._follower: Follower | None = None
         self._closed = False
-        self._epoch = ""
+        self.epoch = ""
         self.seq = 0
         """Everything up to here was read."""
 
@@ -172,7 +174,7 @@ class Reading:
         with self._lock:
             seq = resolve(since, there, cursors)
             fresh = seq + 1 < there.first_seq
-            self._epoch, self.seq = there.epoch, max(seq, there.first_seq - 1)
+            self.epoch, self.seq = there.epoch, max(seq, there.first_seq - 1)
             if not self._closed:
                 self._follower = Follower(self._directory, self.seq)
             return {"cursor": self._cursor(), "fresh": fresh}
@@ -206,7 +208,7 @@ class Reading:
         return _to_line({"cursor": self._cursor(), "records": records})
 
     def _cursor(self) -> str:
-        return f"{self._epoch}:{self.seq}"
+        return f"{self.epoch}:{self.seq}"
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
