@@ -134,6 +134,16 @@ def test_every_kind_of_change_is_told_with_the_state_now(root: Path, watch: Watc
     assert {change.pid for change in found.values()} == {os.getpid()}
 
 
+def test_what_may_have_waited_for_long_is_told_without_the_command(root: Path, watch: Watch) -> None:
+    """The process may be gone and its id another's."""
+    source = watch(root)
+    (root / "old").touch()
+    source.is_catching_up = True
+    assert [(change.pid, change.command) for change in changes(source)] == [(os.getpid(), None)]
+    (root / "new").touch()
+    assert [(change.pid, change.command) for change in changes(source)] == [(os.getpid(), b"watchd")]
+
+
 def test_what_may_be_stale_is_known_before_anything_was_looked_at(root: Path, watch: Watch) -> None:
     (root / "written").write_text("old")
     source = watch(root)

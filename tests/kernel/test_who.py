@@ -65,10 +65,10 @@ def test_the_log_names_the_process_that_made_each_change(low: bytes, daemon: Dae
         "1": (jones.process.pid, "jones"),
         "2": (strange.process.pid, "\N{REPLACEMENT CHARACTER} (x) 1"),
     }
-    [exact] = [record["command_b64"] for record in daemon.log() if "command_b64" in record]
-    assert exact == "/yAoeCkgMQ=="
+    assert {record["command_b64"] for record in daemon.log() if "command_b64" in record} == {"/yAoeCkgMQ=="}
     lines = daemon.verb("log", "--type", "change").stdout.splitlines()
-    assert [line.rpartition(" by ")[2] for line in lines] == [
+    # A file may be read about twice: when it was made, and when it was written.
+    assert list(dict.fromkeys(line.rpartition(" by ")[2] for line in lines)) == [
         f"smith[{smith.process.pid}]",
         f"jones[{jones.process.pid}]",
         f"\\xff (x) 1[{strange.process.pid}]",
@@ -109,5 +109,5 @@ def test_inotify_knows_nobody_and_says_nothing(low: bytes, daemon: Daemon, actor
     actors[0].run(b"echo 1 >%s/file" % low)
     daemon.sync()
     changes: list[Json] = [record for record in daemon.log() if record["type"] == "change"]
-    assert [record["path"] for record in changes] == ["file"]
-    assert not {"pid", "command"} & changes[0].keys()
+    assert {record["path"] for record in changes} == {"file"}
+    assert not {"pid", "command"} & {key for record in changes for key in record}

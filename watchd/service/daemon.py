@@ -1,7 +1,7 @@
 """The daemon: puts the parts together, answers requests, and ends in good order.
 
-This module, its siblings and the journal's writer are the only users of asyncio. Nothing here touches a watched filesystem:
-that happens in the workers of the sources, in the engine's threads and in the survey's.
+This module, its siblings, the journal's writer and the client for asyncio are the only users of it. Nothing here touches a
+watched filesystem: that happens in the workers of the sources, in the engine's threads and in the survey's.
 """
 
 from __future__ import annotations

@@ -78,6 +78,8 @@ class FanotifySource:
         self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
         self._kinds: dict[int, int] = {}
         self._knows_commands = shows_our_ids()
+        self.is_catching_up = False
+        """What is read may have waited for so long that its processes' ids are others' by now; until the queue was emptied."""
 
     def fileno(self) -> int:
         return self._group
@@ -122,7 +124,8 @@ class FanotifySource:
         emptied = self._read(events)
         if not events.records:
             return None
-        commands = Commands() if self._knows_commands else None
+        commands = Commands() if self._knows_commands and not self.is_catching_up else None
+        self.is_catching_up = self.is_catching_up and not emptied
         self._tree.begin()
         linked: set[str] = set()
         moved_in = self._learn_directories(events, linked)

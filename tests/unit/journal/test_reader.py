@@ -186,3 +186,15 @@ def test_a_record_of_a_later_version_is_not_passed_over_by_asking_again(director
         for _ in range(2):
             with pytest.raises(JournalError, match=r"cannot decode record 3.*read it with the watchd that wrote it"):
                 follower.poll()
+
+
+def test_who_knows_what_is_durable_is_told_nothing_behind_it(directory: Path) -> None:
+    """Wherever the line is drawn, in a chunk or at the end of a segment: nothing is passed over or told twice."""
+    write(directory, [changes(5), changes(5, 6), changes(5, 11)], SMALL_SEGMENTS)
+    for step in range(1, 16):
+        with Follower(directory) as follower:
+            told: list[int] = []
+            for upto in [*range(0, 15, step), 15]:
+                while records := follower.poll(upto=upto):
+                    told += [seq for seq, _ in records]
+                assert told == list(range(1, upto + 1))
