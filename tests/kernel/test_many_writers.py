@@ -26,7 +26,7 @@ OPERATIONS = 4000
 SYNCS = 4
 QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
 FANOTIFY_QUEUE = 16_384
-SOAK = max(1, int(os.environ.get("WATCHD_SOAK", "1")))
+SEEDS = range(max(1, int(os.environ.get("WATCHD_SOAK", "1"))))
 FILESYSTEMS = ("tmpfs", "ext4", "xfs")
 
 WHOLE = int(Kind.RENAME | Kind.DELETE)
@@ -217,7 +217,7 @@ def wrong(client: Client, layers: dict[str, bytes], *, listing: bool = False) ->
     return found
 
 
-@pytest.mark.parametrize("seed", range(SOAK))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mounts", ["merged", "unmerged"])
 @pytest.mark.parametrize("backend", ["fanotify", "inotify"])
 def test_what_was_done_before_sync_is_in_the_log_when_it_returns(
@@ -232,11 +232,11 @@ def test_what_was_done_before_sync_is_in_the_log_when_it_returns(
     request.getfixturevalue(mounts)
     configure(daemon, layers, backend=backend)
     client = Client(daemon.runtime_directory)
-    crowd = Crowd(tmp_path, layers, 1000 * seed, OPERATIONS * SOAK)
+    crowd = Crowd(tmp_path, layers, 1000 * seed, OPERATIONS)
     points = [(crowd.noted(), 0)]
     try:
         crowd.begin()
-        for number in range(SYNCS * SOAK):
+        for number in range(SYNCS):
             if number % 2:
                 daemon.pause()  # so that there is much to be read yet
             crowd.wait_for(WRITERS * OPERATIONS * number // (SYNCS + 1))
@@ -258,7 +258,7 @@ def test_what_was_done_before_sync_is_in_the_log_when_it_returns(
     assert wrong(client, layers) == []
 
 
-@pytest.mark.parametrize("seed", range(SOAK))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("backend", ["fanotify", "inotify"])
 def test_after_an_overflow_the_state_of_every_path_is_known_when_sync_returns(
     tmp_path: Path, layers: dict[str, bytes], merged: None, daemon: Daemon, backend: str, seed: int
@@ -267,7 +267,7 @@ def test_after_an_overflow_the_state_of_every_path_is_known_when_sync_returns(
     client = Client(daemon.runtime_directory)
     flood = layers["tmpfs"] + b"/flood"
     os.mkdir(flood)
-    crowd = Crowd(tmp_path, layers, 1000 * seed + 500, OPERATIONS * SOAK)
+    crowd = Crowd(tmp_path, layers, 1000 * seed + 500, OPERATIONS)
     try:
         crowd.begin()
         crowd.wait_for(OPERATIONS)

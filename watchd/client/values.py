@@ -9,6 +9,7 @@ import base64
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -220,21 +221,30 @@ _VIAS: Final = {via.name.lower(): int(via) for via in Via}
 def record_of(value: Mapping[str, Any]) -> tuple[int, Record] | None:
     """Sequence number and record of an object as `watchd log --json` prints it; None for a type of a newer version.
 
-    Raises WatchdError when it is no such thing.
+    Raises what `understanding` makes an error of, when it is no such thing.
     """
-    with understanding():
-        kind = _RECORDS.get(value["type"])
-        if kind is None:
-            return None
-        known = _with_names(value)
-        known["time_ns"] = parse_time(value["time"])
-        if kind is Change:
-            known["from_path"] = known.get("from")
-            known["kinds"] = sum(_KINDS.get(word, 0) for word in value["kinds"])
-            known["via"] = _VIAS.get(value["via"], int(Via.EVENT))
-            known["status"] = _status(value)
-        record = kind(**{name: known[name] for name in kind.__struct_fields__ if name in known})
-        return int(value["seq"]), record
+    kind = _RECORDS.get(value["type"])
+    if kind is None:
+        return None
+    known = {**value, "time_ns": parse_time(value["time"])}
+    if kind is Change:
+        known["from_path"] = _name(value, "from")
+        known["command"] = _name(value, "command")
+        known["kinds"] = sum(_KINDS.get(word, 0) for word in value["kinds"])
+        known["via"] = _VIAS.get(value["via"], int(Via.EVENT))
+        known["status"] = _status(value)
+    for key in ("path", "mount_point"):
+        if key in value:
+            known[key] = _name(value, key)
+    return int(value["seq"]), kind(**{name: known[name] for name in kind.__struct_fields__ if name in known})
+
+
+def _name(value: Mapping[str, Any], key: str) -> bytes | None:
+    """The exact name under this key."""
+    if exact := value.get(f"{key}_b64"):
+        return base64.b64decode(exact)
+    name = value.get(key)
+    return None if name is None else name.encode()
 
 
 def _status(value: Mapping[str, Any]) -> bytes | None:
@@ -247,5 +257,9 @@ def _status(value: Mapping[str, Any]) -> bytes | None:
 def parse_time(text: str) -> int:
     """Nanoseconds since the epoch of RFC 3339 in UTC, such as `2026-01-31T12:00:00.123456789Z`."""
     seconds, _, fraction = text.removesuffix("Z").partition(".")
-    whole = int(datetime.fromisoformat(seconds).replace(tzinfo=UTC).timestamp())
-    return whole * 1_000_000_000 + int(fraction.ljust(9, "0"))
+    return _parse_second(seconds) * 1_000_000_000 + int(fraction.ljust(9, "0"))
+
+
+@lru_cache(1024)  # neighbours share their second
+def _parse_second(text: str) -> int:
+    return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from watchd.journal.changes import Changes, DirectoryEntry, PathEntry
@@ -61,7 +62,12 @@ def to_text(seq: int, record: Record) -> str:
 def format_time(time_ns: int) -> str:
     """RFC 3339 in UTC with nanoseconds."""
     seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09}Z"
+    return f"{_format_second(seconds)}.{nanoseconds:09}Z"
+
+
+@lru_cache(1024)  # neighbours share their second, and making it takes longer than all the rest of a record
+def _format_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def printable(name: bytes | str) -> str:
@@ -80,7 +86,12 @@ def _escape(char: str) -> str:
 
 def kind_names(kinds: int) -> list[str]:
     """The words for `Kind` bits."""
-    return [str(kind.name).lower() for kind in Kind if kinds & kind]
+    return list(_kind_names(kinds))
+
+
+@lru_cache(1024)
+def _kind_names(kinds: int) -> tuple[str, ...]:
+    return tuple(str(kind.name).lower() for kind in Kind if kinds & kind)
 
 
 def _particulars(record: Record) -> dict[str, Any]:
@@ -134,6 +145,7 @@ def _status(packed: bytes | None) -> dict[str, Any]:
     }
 
 
+@lru_cache(16)
 def via_name(via: int) -> str:
     """The word for a `Via` value."""
     return Via(via).name.lower()
