@@ -17,6 +17,7 @@ from tests.conftest import Require
 from tests.kernel.images import Images, has_tools_for
 from tests.kernel.running import REPOSITORY, Daemon
 from tests.kernel.sandbox import Sandbox
+from tests.soak import rounds
 from watchd.client import Client, PathEntry
 from watchd.records import Change, Desync, Kind, Record, Resync
 
@@ -26,7 +27,7 @@ OPERATIONS = 4000
 SYNCS = 4
 QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
 FANOTIFY_QUEUE = 16_384
-SEEDS = range(max(1, int(os.environ.get("WATCHD_SOAK", "1"))))
+SEEDS = range(rounds(1))
 FILESYSTEMS = ("tmpfs", "ext4", "xfs")
 
 WHOLE = int(Kind.RENAME | Kind.DELETE)

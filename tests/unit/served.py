@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -25,24 +26,27 @@ T = TypeVar("T")
 
 
 class _SlowFile(RealFile):
-    def __init__(self, path: Path, flags: int, open_for_good: threading.Event) -> None:
+    def __init__(self, path: Path, flags: int, disk: SlowDisk) -> None:
         super().__init__(path, flags)
-        self._is_fast = open_for_good
+        self._disk = disk
 
     def sync(self) -> None:
-        assert self._is_fast.wait(PATIENCE_S)
+        assert self._disk.is_fast.wait(PATIENCE_S)
+        if self._disk.is_broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         super().sync()
 
 
 class SlowDisk(RealDisk):
-    """A disk that puts nothing on disk while `is_fast` is cleared."""
+    """A disk that puts nothing on disk while `is_fast` is cleared, and refuses to while `is_broken`."""
 
     def __init__(self) -> None:
+        self.is_broken = False
         self.is_fast = threading.Event()
         self.is_fast.set()
 
     def open(self, path: Path, flags: int) -> File:
-        return _SlowFile(path, flags, self.is_fast)
+        return _SlowFile(path, flags, self)
 
 
 class Served:

@@ -16,6 +16,7 @@ import pytest
 from tests.unit.served import Served, open_segments
 from watchd.client import AsyncClient, Changes, Client, Cursor, Followed, PathEntry
 from watchd.errors import DaemonUnreachableError, JournalError, NotPermittedError, UsageError
+from watchd.journal.reader import read
 from watchd.journal.writer import JournalSettings
 from watchd.records import Change, Desync, Kind, Record
 from watchd.service import consumers
@@ -224,6 +225,33 @@ def test_a_journal_that_breaks_ends_the_following_with_an_error(served: Served, 
     segments[gone].unlink()
     with Client(served.directory).follow("beginning") as records, pytest.raises(JournalError, match=message):
         list(records)
+
+
+def test_what_a_failed_disk_took_back_was_told_to_nobody(served: Served) -> None:
+    async def recover() -> None:
+        await asyncio.wait([served.journal.failed])
+        served.disk.is_broken = False
+        await served.journal.reopen()
+
+    told: list[bytes] = []
+    with Client(served.directory).follow("beginning") as records:
+        for number in range(5):
+            served.append(changed(b"good%d" % number))
+            served.disk.is_broken = True
+            served.append(changed(b"doubtful%d" % number), durable=False)
+            served.run(recover())
+        last = served.append(changed(b"last"))
+        while len(told) < last:
+            told += paths([next(records)])
+    assert told == [one.record.path for one in read_all(served)]
+    assert told[-1] == b"last"
+
+
+def read_all(served: Served) -> list[Followed]:
+    """What the files hold."""
+    return [
+        Followed(f"{served.journal.epoch}:{seq}", record) for seq, record in read(served.directory / "state/journal")
+    ]
 
 
 def test_a_journal_that_was_begun_anew_ends_the_following(served: Served) -> None:
