@@ -63,3 +63,19 @@ class WireError(WatchdError):
 
 class JournalError(WatchdError):
     """Our own journal cannot be read or written. Never papered over."""
+
+
+class JournalAccessError(JournalError, NotPermittedError):
+    """This user may not read or write the journal."""
+
+
+class RecordsGoneError(JournalError):
+    """Records that somebody still wanted to read were removed, because the journal keeps so much and no more."""
+
+    def __init__(self, first_seq: int, last_seq: int) -> None:
+        """`first_seq` and `last_seq`: of the records that are gone."""
+        super().__init__(
+            f"records {first_seq} to {last_seq} are gone: the journal does not reach back so far any more",
+            remedy="look at everything once, and go on from now",
+        )
+        self.first_seq, self.last_seq = first_seq, last_seq

@@ -18,6 +18,7 @@ import aiofiles.os
 from watchd.errors import JournalError
 from watchd.journal.disk import Disk, File, write_all
 from watchd.journal.format import Checkpoint, Entry, decode_header, encode_frames, encode_header
+from watchd.journal.reader import Position
 from watchd.journal.recovery import Opened, begin_segment
 from watchd.journal.segments import create_segment, segment_path
 from watchd.journal.state import JournalState
@@ -44,6 +45,11 @@ class Appender:
         self._file: File | None = None
         self.last_seq = opened.last_seq
         """Of the last record that was written."""
+
+    @property
+    def position(self) -> Position:
+        """Where the next entry goes."""
+        return Position(self._header.first_seq, self._size, self.last_seq)
 
     async def open(self) -> None:
         """Opens the segment's file. Raises OSError."""

@@ -1,43 +1,35 @@
 """What changed since a baseline: the set, where the journal is the sequence. Blocking; reads the files, writes none.
 
-What a consumer has to do with it is said in docs/changes.md.
+What a consumer has to do with it is said in docs/changes.md. Where the index helps it is asked: which directories hold
+changes is read from it and from the journal behind it, and so is that nothing changed below a path. All else is read
+from the journal, and so is everything when there is no index or it is of no use: the answer is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
-from watchd.journal.cursors import DIRECTORY, Cursor, Cursors, resolve
-from watchd.journal.directories import WHOLE_KINDS, Directories, up_from
+from watchd.errors import RecordsGoneError
+from watchd.journal import cursors as named
+from watchd.journal.cursors import Cursor, Cursors
+from watchd.journal.directories import Directories, Directory
 from watchd.journal.format import CHANGE_TYPE
-from watchd.journal.reader import Follower, extent
+from watchd.journal.index import Index, Rows, consult, is_valid
+from watchd.journal.paths import PathEntry, Paths
+from watchd.journal.reader import Extent, Follower, extent
+from watchd.journal.segments import list_segments
 from watchd.journal.state import JournalState
-from watchd.records import Change, Kind
+from watchd.records import Change
+
+__all__ = ["Changes", "DirectoryEntry", "PathEntry", "Question", "Stream", "collect", "stream"]
 
 JOURNAL: Final = "journal"
 """Where it lies in the state directory."""
-
-
-class PathEntry(msgspec.Struct, frozen=True, gc=False):
-    """A path that changed since the baseline, as it was when watchd looked at it last."""
-
-    layer: str
-    path: bytes
-    kinds: int
-    """`Kind` bits of everything that happened since the baseline."""
-    exists: bool
-    is_dir: bool
-    seq: int
-    """Of its last record."""
-    from_path: bytes | None = None
-    """Where the last rename to this path came from."""
-    inode: int | None = None
-    recursive: bool = False
-    """The path was or is a directory that was renamed, removed or replaced since the baseline: everything below it
-    changed too, and not all of it has entries of its own."""
 
 
 class DirectoryEntry(msgspec.Struct, frozen=True, gc=False):
@@ -46,7 +38,8 @@ class DirectoryEntry(msgspec.Struct, frozen=True, gc=False):
     layer: str
     path: bytes
     seq: int
-    """Of the last change in it; when ancestors were asked for: in it or anywhere below."""
+    """Of the last change in it; when ancestors were asked for: in it or anywhere below. Of a directory above the prefix:
+    of the record that covers the prefix."""
     recursive: bool = False
     """As in `PathEntry`."""
 
@@ -59,8 +52,56 @@ class Changes(msgspec.Struct, frozen=True):
     fresh: bool
     """The answer may lack changes, so the consumer has to look at everything: the baseline is older than the journal, or
     a desync of a layer that was asked for is not closed."""
-    entries: tuple[PathEntry, ...] | tuple[DirectoryEntry, ...]
-    """In order of layers and paths; those of no layer more than once."""
+    entries: tuple[PathEntry | DirectoryEntry, ...]
+    """In order of layers and paths, so what is above a path comes before it. No path of a layer comes twice."""
+
+
+class Stream(NamedTuple):
+    """The answer with entries that are made as they are taken, once. See `Changes`."""
+
+    cursor: Cursor
+    fresh: bool
+    entries: Iterator[PathEntry | DirectoryEntry]
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What is asked for."""
+
+    layers: frozenset[str] = frozenset()
+    """Empty for all."""
+    prefix: bytes | None = None
+    """A path in a layer: the answer is about it and what is below it, and holds its renamed or removed ancestors."""
+    dirs: bool = False
+    """The directories that hold the changes, not the paths."""
+    ancestors: bool = False
+    """With `dirs`: all directories above them too, up to `prefix`."""
+
+    def concerns(self, path: bytes, recursive: bool) -> bool:
+        """Whether an entry for the path belongs into the answer."""
+        prefix = self.prefix
+        if not prefix or path == prefix or path.startswith(prefix + b"/"):
+            return True
+        return recursive and (not path or prefix.startswith(path + b"/"))
+
+    def may_concern(self, change: Change) -> bool:
+        """Whether the change has any part in the answer."""
+        if self.layers and change.layer not in self.layers:
+            return False
+        return (
+            not self.prefix
+            or self.concerns(change.path, True)
+            or (change.from_path is not None and self.concerns(change.from_path, True))
+        )
+
+
+class _Overview(NamedTuple):
+    """What is known without reading all that lies behind the baseline."""
+
+    there: Extent
+    since: int
+    fresh: bool = False
+    rows: Rows | None = None
+    """Directories with changes behind the baseline; None when that is not known."""
 
 
 def collect(
@@ -72,83 +113,128 @@ def collect(
     dirs: bool = False,
     ancestors: bool = False,
 ) -> Changes:
-    """What changed behind the cursor `since`: each path once, or with `dirs` the directories that hold the changes.
+    """What changed behind the cursor `since`; see `Question`.
 
-    Of `layers`, or of all when it is empty. `prefix` is a path in a layer; with it the answer is about the path and what
-    is below it, and holds its renamed or removed ancestors too. `ancestors`, with `dirs`, adds those of all directories.
     Raises JournalError, and UsageError for a cursor that means nothing here.
     """
-    directory = state_directory / JOURNAL
-    there = extent(directory)
-    seq = resolve(since, there, Cursors(state_directory / DIRECTORY))
-    fold = _Fold(layers)
-    with Follower(directory, seq) as follower:
-        first_seq = follower.position.segment
-        while (chunk := follower.poll_frames()).frames:
-            wanted = [one for one in chunk.frames if one[0] > seq or one[1] != CHANGE_TYPE]
-            for number, entry in follower.decode(chunk, wanted):
-                if isinstance(entry, Change):
-                    fold.apply(number, entry)
-                else:
-                    fold.state.apply(entry, number)
-        last_seq = follower.position.seq
-    fresh = seq + 1 < max(first_seq, there.first_seq) or fold.is_open()
-    entries = fold.directories(prefix, ancestors=ancestors) if dirs else fold.paths(prefix)
-    return Changes(Cursor(there.epoch, last_seq), fresh, entries)
+    cursor, fresh, entries = stream(state_directory, since, Question(layers, prefix, dirs, ancestors))
+    return Changes(cursor, fresh, tuple(entries))
 
 
-class _Fold:
-    """All records behind the baseline, put together."""
-
-    def __init__(self, layers: frozenset[str]) -> None:
-        self.state = JournalState()
-        self._layers = layers
-        self._paths: dict[tuple[str, bytes], PathEntry] = {}
-        self._directories = Directories()
-
-    def apply(self, seq: int, change: Change) -> None:
-        if self._layers and change.layer not in self._layers:
-            return
-        self._directories.apply(seq, change)
-        self._paths[change.layer, change.path] = self._entry(seq, change)
-        if change.from_path is not None and (change.layer, change.from_path) not in self._paths:
-            self._paths[change.layer, change.from_path] = PathEntry(
-                change.layer, change.from_path, Kind.RENAME, False, change.is_dir, seq, recursive=change.is_dir
-            )
-
-    def _entry(self, seq: int, change: Change) -> PathEntry:
-        before = self._paths.get((change.layer, change.path))
-        kinds, from_path = change.kinds, change.from_path
-        recursive = change.is_dir and bool(kinds & WHOLE_KINDS)
-        if before:
-            kinds |= before.kinds
-            recursive = recursive or before.recursive
-            from_path = before.from_path if from_path is None else from_path
-        return PathEntry(
-            change.layer, change.path, kinds, change.exists, change.is_dir, seq, from_path, change.inode, recursive
-        )
-
-    def is_open(self) -> bool:
-        """Whether changes of a layer that was asked for may be missing."""
-        marks = self.state.checkpoint().layers
-        return any(mark.open_desync for name, mark in marks.items() if not self._layers or name in {"", *self._layers})
-
-    def paths(self, prefix: bytes | None) -> tuple[PathEntry, ...]:
-        entries = (one for _, one in sorted(self._paths.items()))
-        return tuple(one for one in entries if concerns(one.path, prefix, recursive=one.recursive))
-
-    def directories(self, prefix: bytes | None, *, ancestors: bool) -> tuple[DirectoryEntry, ...]:
-        entries = []
-        for layer, rows in sorted(self._directories.layers().items()):
-            for path, row in sorted(rows.items()):
-                seq = row.below if ancestors else row.own
-                if seq and concerns(path, prefix, recursive=bool(row.whole)):
-                    entries.append(DirectoryEntry(layer, path, seq, bool(row.whole)))
-        return tuple(entries)
+def stream(state_directory: Path, since: str, question: Question) -> Stream:
+    """Like `collect`, for answers that are too large to be kept twice."""
+    journal = state_directory / JOURNAL
+    cursors = Cursors(state_directory / named.DIRECTORY)
+    overview = consult(
+        state_directory, partial(_look_up, journal=journal, since=since, cursors=cursors, asked=question)
+    )
+    if overview is None:
+        there = extent(journal)
+        overview = _Overview(there, named.resolve(since, there, cursors))
+    rows = overview.rows
+    if rows is not None and (question.dirs or not rows):
+        cursor = Cursor(overview.there.epoch, overview.there.last_seq)
+        return Stream(cursor, overview.fresh, _directory_entries(rows, overview.since, question))
+    return _read(journal, overview, question)
 
 
-def concerns(path: bytes, prefix: bytes | None, *, recursive: bool) -> bool:
-    """Whether an entry belongs to the answer about `prefix`."""
-    if prefix is None or not prefix or path == prefix or path.startswith(prefix + b"/"):
-        return True
-    return recursive and path in up_from(prefix)
+def _look_up(index: Index, *, journal: Path, since: str, cursors: Cursors, asked: Question) -> _Overview | None:
+    """What the index knows, and the journal behind it."""
+    if not is_valid(index.mark, journal):
+        return None
+    tail, state = Directories(), JournalState(index.mark.checkpoint)
+    try:
+        with Follower(journal, index.mark.position) as follower:
+            _apply(follower, 0, tail.apply, state, asked)
+            there = Extent(follower.epoch, list_segments(journal)[0], follower.position.seq)
+    except RecordsGoneError:
+        return None
+    seq = named.resolve(since, there, cursors)
+    behind = max(seq, there.first_seq - 1)
+    return _Overview(
+        there, seq, _is_fresh(seq, there.first_seq, state, asked.layers), _rows(index, tail.layers(), behind, asked)
+    )
+
+
+def _rows(index: Index, tail: Rows, since: int, asked: Question) -> Rows | None:
+    """The directories that changed; None when the paths are asked for and it is not known that there are none."""
+    if not asked.dirs and not asked.prefix:
+        return None
+    layers = asked.layers or {*index.layers, *tail}
+    rows = index.changed(since, layers=layers, prefix=asked.prefix)
+    _add(rows, tail, since, asked)
+    if asked.dirs or rows:
+        return rows
+    # The prefix may be no directory: then its own changes are those in the one that holds it.
+    assert asked.prefix
+    above = asked.prefix.rpartition(b"/")[0]
+    seqs = (max(index.row(layer, above).own, _row(tail, layer, above).own) for layer in layers)
+    return None if any(seq > since for seq in seqs) else rows
+
+
+def _row(rows: Rows, layer: str, path: bytes) -> Directory:
+    return rows.get(layer, {}).get(path, Directory())
+
+
+def _add(rows: Rows, more: Rows, since: int, asked: Question) -> None:
+    """Adds to `rows` what of `more` was asked for."""
+    for layer, directories in more.items():
+        known = rows.setdefault(layer, {})
+        for path, row in directories.items():
+            if row.below > since and asked.concerns(path, row.whole > since):
+                known[path] = Directory(*map(max, row, known.get(path, row)))
+        if not known:
+            del rows[layer]
+
+
+def _is_fresh(since: int, first_seq: int, state: JournalState, layers: frozenset[str]) -> bool:
+    """Whether changes that were asked for may be missing."""
+    marks = state.checkpoint().layers
+    asked = {"", *layers} if layers else marks
+    return since + 1 < first_seq or any(name in asked and mark.open_desync for name, mark in marks.items())
+
+
+def _read(journal: Path, overview: _Overview, asked: Question) -> Stream:
+    """The answer from the journal itself."""
+    fresh, start = False, overview.since
+    while True:
+        paths, directories, state = Paths(), Directories(), JournalState()
+        apply = directories.apply if asked.dirs else paths.apply
+        try:
+            with Follower(journal, start) as follower:
+                _apply(follower, overview.since, apply, state, asked)
+                cursor = Cursor(follower.epoch, follower.position.seq)
+            break
+        except RecordsGoneError:
+            fresh, start = True, 0
+    fresh = fresh or _is_fresh(overview.since, overview.there.first_seq, state, asked.layers)
+    if not asked.dirs:
+        return Stream(cursor, fresh, paths.entries(asked.concerns))
+    rows: Rows = {}
+    _add(rows, directories.layers(), overview.since, asked)
+    return Stream(cursor, fresh, _directory_entries(rows, overview.since, asked))
+
+
+def _apply(
+    follower: Follower, since: int, apply: Callable[[int, Change], None], state: JournalState, asked: Question
+) -> None:
+    """Applies the changes behind `since` that concern the question, up to the end that there is now, and to `state` all
+    that is no change.
+    """
+    may_concern = asked.may_concern
+    while (chunk := follower.poll_frames()).frames:
+        frames = [frame for frame in chunk.frames if frame[0] > since or frame[1] != CHANGE_TYPE]
+        for seq, entry in follower.decode(chunk, frames):
+            if not isinstance(entry, Change):
+                state.apply(entry, seq)
+            elif may_concern(entry):
+                apply(seq, entry)
+
+
+def _directory_entries(rows: Rows, since: int, asked: Question) -> Iterator[DirectoryEntry]:
+    for layer, directories in sorted(rows.items()):
+        for path, row in sorted(directories.items()):
+            if not asked.concerns(path, False):
+                yield DirectoryEntry(layer, path, row.whole, True)
+            elif row.own > since or asked.ancestors:
+                yield DirectoryEntry(layer, path, row.below if asked.ancestors else row.own, row.whole > since)

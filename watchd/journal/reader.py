@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Self
 
 import msgspec
 
-from watchd.errors import JournalError
+from watchd.errors import JournalError, RecordsGoneError
 from watchd.journal.disk import REAL, Disk
 from watchd.journal.format import HEADER_BYTES, NOTE, Checkpoint, Entry, Frame, decode_entry
 from watchd.journal.segments import NO_JOURNAL, VERIFY, Segment, decode_failure, list_segments
@@ -61,9 +61,9 @@ class Follower:
     """Reads a journal from a point on, and goes on reading as it grows. Owns one descriptor, of the current segment."""
 
     def __init__(self, directory: Path, start: int | Position = 0, *, disk: Disk = REAL) -> None:
-        """Begins behind the record with the number `start`, or with the oldest one that there is.
+        """Begins behind the record with the number `start`, with 0 at the oldest one that there is.
 
-        Raises JournalError when there is no journal or its segment is damaged.
+        Raises JournalError when there is no journal or its segment is damaged, RecordsGoneError when it begins later.
         """
         self._directory, self._disk = directory, disk
         if isinstance(start, Position):
@@ -72,8 +72,10 @@ class Follower:
         else:
             self._since = start
             first = _find_segment(directory, start + 1, disk)
+            if 0 < start < first - 1:
+                raise RecordsGoneError(start + 1, first - 1)
             self.position = Position(first, HEADER_BYTES, first - 1)
-        self._segment = Segment(directory, self.position.segment, disk=disk)
+        self._segment = self._open(self.position.segment)
 
     @property
     def epoch(self) -> str:
@@ -155,15 +157,29 @@ class Follower:
 
     def _enter(self, first_seq: int) -> None:
         """Goes on with the next segment."""
+        self._check_kept()
         if first_seq != self.position.seq + 1:
             raise self._damage(f"the next segment begins with record {first_seq}")
-        segment = Segment(self._directory, first_seq, disk=self._disk)
+        segment = self._open(first_seq)
         if segment.header.epoch != self._segment.header.epoch:
             segment.close()
             raise JournalError(f"{segment.path} belongs to another journal than its predecessor", remedy=VERIFY)
         self._segment.close()
         self._segment = segment
         self.position = Position(first_seq, HEADER_BYTES, first_seq - 1)
+
+    def _open(self, first_seq: int) -> Segment:
+        try:
+            return Segment(self._directory, first_seq, disk=self._disk)
+        except JournalError:
+            self._check_kept()
+            raise
+
+    def _check_kept(self) -> None:
+        """Raises RecordsGoneError when the journal begins behind the next record by now."""
+        firsts = list_segments(self._directory, disk=self._disk)
+        if firsts and firsts[0] > self.position.seq + 1:
+            raise RecordsGoneError(self.position.seq + 1, firsts[0] - 1)
 
 
 def _until(frames: list[Frame], upto: int | None) -> list[Frame]:

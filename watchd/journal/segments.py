@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-from watchd.errors import JournalError
+from watchd.errors import JournalAccessError, JournalError
 from watchd.journal.disk import REAL, Disk, write_all
 from watchd.journal.format import (
     HEADER_BYTES,
@@ -74,7 +74,8 @@ def disk_errors(what: str) -> Iterator[None]:
 
 def disk_error(what: str, error: OSError) -> JournalError:
     """The error for people: `what`, the reason, and what to do about it."""
-    return JournalError(f"{what}: {error.strerror}", remedy=_remedy(error.errno))
+    kind = JournalAccessError if isinstance(error, PermissionError) else JournalError
+    return kind(f"{what}: {error.strerror}", remedy=_remedy(error.errno))
 
 
 def _remedy(number: int | None) -> str:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -26,6 +26,7 @@ from watchd.errors import JournalError
 from watchd.journal.appender import Appender
 from watchd.journal.disk import REAL, Disk
 from watchd.journal.format import Checkpoint, Entry, LayerMark
+from watchd.journal.reader import Position
 from watchd.journal.recovery import Acknowledged, Opened, Recovered, lock, recover
 from watchd.journal.segments import disk_error, disk_errors
 from watchd.records import Record, Stop
@@ -69,8 +70,22 @@ class JournalStatistics(msgspec.Struct, frozen=True):
     """Size of all segments."""
 
 
-CommitObserver = Callable[[int, float, float], None]
-"""Called after each commit with its number of records and the seconds that appending and syncing took."""
+class Commit(NamedTuple):
+    """Entries that became durable together."""
+
+    epoch: str
+    entries: Sequence[Entry]
+    begin: Position
+    """Where the journal ended before. A segment that the commit began lies between."""
+    end: Position
+    append_s: float
+    """Time that encoding and writing took."""
+    sync_s: float
+    """Time that fdatasync took."""
+
+
+CommitObserver = Callable[[Commit], None]
+"""Called after each commit, in the order of commits."""
 
 
 class Journal:
@@ -281,21 +296,22 @@ class Journal:
     async def _commit(self) -> None:
         entries = self._queue[:COMMIT_ENTRIES]
         del self._queue[:COMMIT_ENTRIES]
-        begun_ns = time.perf_counter_ns()
+        begin, begun_ns = self._appender.position, time.perf_counter_ns()
         self.bytes += await self._appender.append(entries)
         appended_ns = time.perf_counter_ns()
         if self._settings.sync == "batch":
             await self._appender.sync()
         done_ns = time.perf_counter_ns()
-        records = self._appender.last_seq - self.durable_seq
-        self.durable_seq = self._appender.last_seq
+        end = self._appender.position
+        self.durable_seq = end.seq
         self._committed += len(entries)
         self._commits += 1
         self._append_ns += appended_ns - begun_ns
         self._sync_ns += done_ns - appended_ns
         self._tell()
         if self._on_commit:
-            self._on_commit(records, (appended_ns - begun_ns) / 1e9, (done_ns - appended_ns) / 1e9)
+            times = (appended_ns - begun_ns) / 1e9, (done_ns - appended_ns) / 1e9
+            self._on_commit(Commit(self.epoch, entries, begin, end, *times))
 
     def _told(self, error: Exception) -> JournalError:
         """What to say of `error`; what is no fault of the disk is a bug, and logged as one."""

@@ -31,7 +31,7 @@ from watchd.config import Loaded, load
 from watchd.config.schema import Journal as JournalDefaults
 from watchd.config.tree import shown
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
-from watchd.journal.writer import Journal, JournalSettings
+from watchd.journal.writer import Commit, Journal, JournalSettings
 from watchd.kernel.libc import use_one_malloc_arena
 from watchd.kernel.namespaces import Courier
 from watchd.metrics import Metrics
@@ -308,9 +308,9 @@ class Daemon:
         log.warning("%s: %s is damaged: %s", round.target.device, shown(os.fsdecode(entry.path)), entry.reason)
         return Damage(time.time_ns(), round.target.device, round.target.mount_point, entry.path, entry.reason)
 
-    def _committed(self, records: int, append_s: float, sync_s: float) -> None:
-        self._metrics.append_duration.observe(append_s)
-        self._metrics.sync_duration.observe(sync_s)
+    def _committed(self, commit: Commit) -> None:
+        self._metrics.append_duration.observe(commit.append_s)
+        self._metrics.sync_duration.observe(commit.sync_s)
         self._consumers.committed()
 
     # ---- requests ---------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from tests.unit.journal.support import AT_ONCE, SMALL_SEGMENTS, change, changes,
 from watchd.errors import JournalError
 from watchd.journal import writer
 from watchd.journal.format import LayerMark
-from watchd.journal.reader import read
+from watchd.journal.reader import Follower, read
 from watchd.journal.recovery import lock
 from watchd.journal.segments import list_segments, segment_path
-from watchd.journal.writer import COMMIT_ENTRIES, Journal, JournalSettings
+from watchd.journal.writer import COMMIT_ENTRIES, Commit, Journal, JournalSettings
 from watchd.records import Record, Stop
 
 NEVER_BY_ITSELF = JournalSettings(max_delay_ns=3600 * 10**9)
@@ -121,19 +121,25 @@ def test_closing_twice_is_harmless(directory: Path) -> None:
     run(directory, body)
 
 
-def test_the_observer_hears_of_every_record_once(directory: Path) -> None:
-    seen: list[int] = []
+def test_the_observer_hears_of_every_entry_once_and_where_it_stands(directory: Path) -> None:
+    seen: list[Commit] = []
 
     async def main() -> None:
-        journal = await Journal.open(directory, AT_ONCE, on_commit=lambda count, *_seconds: seen.append(count))
-        for count in (3, 1, 4):
+        journal = await Journal.open(directory, SMALL_SEGMENTS, on_commit=seen.append)
+        for count in (3, 1, 30, 4):
             journal.append(changes(count))
             await journal.flush()
         journal.note({})
         await journal.close()
 
     asyncio.run(main())
-    assert seen == [3, 1, 4, 0]
+    assert [len(commit.entries) for commit in seen] == [3, 1, 30, 4, 1]
+    assert [commit.end.seq for commit in seen] == [3, 4, 34, 38, 38]
+    assert [commit.begin for commit in seen[1:]] == [commit.end for commit in seen[:-1]]
+    assert len({commit.end.segment for commit in seen}) > 1
+    for commit in seen:
+        with Follower(directory, commit.end) as follower:
+            assert [seq for seq, _ in follower.poll()][:1] == [commit.end.seq + 1][: 38 - commit.end.seq]
 
 
 def test_what_was_noted_is_there_at_the_next_start(directory: Path) -> None:
