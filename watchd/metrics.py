@@ -39,6 +39,8 @@ class Snapshot:
     journal_last_sequence: int = 0
     journal_bytes: int = 0
     journal_failed: bool = False
+    cursor_lags: Mapping[str, int] = field(default_factory=dict)
+    """Named cursor -> records behind it."""
     queue_bytes: int = 0
     muted_directories: int = 0
     drop_caches: int = 0
@@ -161,6 +163,12 @@ class _Gauges(Collector):
             "watchd_journal_last_sequence", "Sequence number of the last record.", value=now.journal_last_sequence
         )
         yield GaugeMetricFamily("watchd_journal_size_bytes", "Size of the journal.", value=now.journal_bytes)
+        lags = GaugeMetricFamily(
+            "watchd_cursor_lag_records", "Records that lie behind a named cursor.", labels=["cursor"]
+        )
+        for cursor, lag in now.cursor_lags.items():
+            lags.add_metric([cursor], lag)
+        yield lags
         yield GaugeMetricFamily(
             "watchd_journal_failed", "Whether the journal cannot be written.", value=now.journal_failed
         )

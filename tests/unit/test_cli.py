@@ -55,7 +55,7 @@ STATUS = {
         }
     ],
     "journal": {"path": "/var/lib/watchd/journal", "epoch": "e1", "first_seq": 1, "last_seq": 99, "bytes": 4096},
-    "cursors": [{"name": "backup", "cursor": "e1:7"}],
+    "cursors": [{"name": "backup", "cursor": "e1:7", "lag": 3}],
 }
 STATUS_TEXT = r"""
 watchd 0.1.0, pid 42
@@ -79,8 +79,8 @@ Journal
   e1     1      99    4096   /var/lib/watchd/journal
 
 Cursors
-  NAME    CURSOR
-  backup  e1:7
+  NAME    CURSOR  LAG
+  backup  e1:7    3
 """.lstrip("\n")
 
 

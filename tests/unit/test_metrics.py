@@ -30,6 +30,7 @@ CONTRACT = {
     "watchd_journal_last_sequence": ("gauge", set()),
     "watchd_journal_size_bytes": ("gauge", set()),
     "watchd_journal_failed": ("gauge", set()),
+    "watchd_cursor_lag_records": ("gauge", {"cursor"}),
     "watchd_journal_append_duration_seconds": ("histogram", set()),
     "watchd_journal_sync_duration_seconds": ("histogram", set()),
     "watchd_queue_bytes": ("gauge", set()),
@@ -92,6 +93,7 @@ def count_everything(metrics: Metrics) -> None:
             pinned_entries={"0:45": 2},
             journal_last_sequence=7,
             journal_bytes=4096,
+            cursor_lags={"backup": 3},
             queue_bytes=24,
         )
     )

@@ -42,8 +42,8 @@ def _echo_status(result: Mapping[str, Any]) -> None:
     if journal.get("state") == "failed":
         click.echo(f"  failed: {printable(journal['reason'])}")
     if result["cursors"]:
-        rows = [[cursor["name"], cursor["cursor"]] for cursor in result["cursors"]]
-        _echo_section("Cursors", ["NAME", "CURSOR"], rows)
+        rows = [[cursor["name"], cursor["cursor"], cursor["lag"]] for cursor in result["cursors"]]
+        _echo_section("Cursors", ["NAME", "CURSOR", "LAG"], rows)
 
 
 def _echo_section(title: str, header: Sequence[str], rows: Sequence[Sequence[object]] | Iterator[list[object]]) -> None:

@@ -151,9 +151,8 @@ def _look_up(index: Index, *, journal: Path, since: str, cursors: Cursors, asked
         return None
     seq = named.resolve(since, there, cursors)
     behind = max(seq, there.first_seq - 1)
-    return _Overview(
-        there, seq, _is_fresh(seq, there.first_seq, state, asked.layers), _rows(index, tail.layers(), behind, asked)
-    )
+    fresh = seq + 1 < there.first_seq or state.is_open(asked.layers)
+    return _Overview(there, seq, fresh, _rows(index, tail.layers(), behind, asked))
 
 
 def _rows(index: Index, tail: Rows, since: int, asked: Question) -> Rows | None:
@@ -187,16 +186,10 @@ def _add(rows: Rows, more: Rows, since: int, asked: Question) -> None:
             del rows[layer]
 
 
-def _is_fresh(since: int, first_seq: int, state: JournalState, layers: frozenset[str]) -> bool:
-    """Whether changes that were asked for may be missing."""
-    marks = state.checkpoint().layers
-    asked = {"", *layers} if layers else marks
-    return since + 1 < first_seq or any(name in asked and mark.open_desync for name, mark in marks.items())
-
-
 def _read(journal: Path, overview: _Overview, asked: Question) -> Stream:
     """The answer from the journal itself."""
-    fresh, start = False, overview.since
+    start = overview.since
+    fresh = start + 1 < overview.there.first_seq
     while True:
         paths, directories, state = Paths(), Directories(), JournalState()
         apply = directories.apply if asked.dirs else paths.apply
@@ -207,7 +200,7 @@ def _read(journal: Path, overview: _Overview, asked: Question) -> Stream:
             break
         except RecordsGoneError:
             fresh, start = True, 0
-    fresh = fresh or _is_fresh(overview.since, overview.there.first_seq, state, asked.layers)
+    fresh = fresh or state.is_open(asked.layers)
     if not asked.dirs:
         return Stream(cursor, fresh, paths.entries(asked.concerns))
     rows: Rows = {}

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -38,25 +40,29 @@ WAITING_MAX: Final = 200_000
 STEP: Final = 200_000
 """So many records that are read from the journal make a transaction."""
 
+CLOSE_S: Final = 1.0
+"""So long it goes on taking in what is left when it is told to end."""
+
 RETRY_S: Final = 10.0
 """An index that could not be written is tried again after this."""
 
 
 class Indexer(threading.Thread):
-    """Keeps the index of a state directory. `committed`, `prune` and `close` may be called in any thread."""
+    """Keeps the index of a state directory. Everything may be called in any thread."""
 
     def __init__(self, state_directory: Path, journal: Path, *, disk: Disk = REAL) -> None:
-        super().__init__(name="index", daemon=True)
+        super().__init__(name="the index", daemon=True)
         self._state_directory, self._journal, self._disk = state_directory, journal, disk
         self._commits: deque[Commit] = deque()
         self._waiting = 0
         self._dropped = True
         """More may be in the journal than in `_commits`; so it is at the start."""
         self._prune_before = 0
-        self._closing = False
+        self._closing = 0.0
+        """When `close` was called; CLOCK_MONOTONIC, seconds."""
         self._wake = threading.Condition()
-        self.position: Position | None = None
-        """How far the index on disk has read: what is before is not needed for it any more."""
+        self.read_upto = 0
+        """The last record that the index on disk has taken in: what is before is not needed for it any more."""
 
     def committed(self, commit: Commit) -> None:
         """Takes note of what became durable. Never blocks for long."""
@@ -67,19 +73,26 @@ class Indexer(threading.Thread):
                 self._drop()
             self._wake.notify()
 
-    def prune(self, first_seq: int) -> None:
-        """Soon drops directories whose last change is older than `first_seq`."""
+    async def read_on(self, upto: int) -> None:
+        """Nothing to do: it is never far behind, unless it cannot be written."""
+
+    def gone_before(self, first_seq: int) -> None:
+        """Records before this one are not there any more: soon drops directories whose last change is older."""
         with self._wake:
             self._prune_before = first_seq
             self._wake.notify()
 
     def close(self) -> None:
-        """Takes in what is left and ends the thread."""
+        """Takes in what is left, if that does not take long, and ends the thread."""
         with self._wake:
-            self._closing = True
+            self._closing = time.monotonic()
             self._wake.notify()
         if self.is_alive():
             self.join()
+
+    def is_late(self) -> bool:
+        """Whether it should have ended by now; what was not taken in is when it starts again."""
+        return bool(self._closing) and time.monotonic() - self._closing > CLOSE_S
 
     def run(self) -> None:
         """The thread. What goes wrong with the index is told, and tried again; readers do without it meanwhile."""
@@ -107,15 +120,18 @@ class Indexer(threading.Thread):
     def _rest(self) -> bool:
         """Waits a while; whether it is time to end."""
         with self._wake:
-            return self._wake.wait_for(lambda: self._closing, RETRY_S)
+            return self._wake.wait_for(self._is_closing, RETRY_S)
 
     def _drop(self) -> None:
         """Leaves what waits to be read from the journal."""
         self._commits.clear()
         self._waiting, self._dropped = 0, True
 
+    def _is_closing(self) -> bool:
+        return bool(self._closing)
+
     def _keep(self, index: IndexWriter) -> None:
-        fold = _Fold(index, self._journal, self._disk)
+        fold = _Fold(index, self._journal, disk=self._disk, is_late=self.is_late)
         while True:
             commits, dropped, prune_before, closing = self._take()
             for commit in commits:
@@ -123,19 +139,19 @@ class Indexer(threading.Thread):
             if dropped:
                 fold.read()
             fold.flush()
-            self.position = fold.position
+            self.read_upto = fold.position.seq
             if prune_before:
                 index.prune(prune_before)
             if closing:
                 return
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._waiting > WAITING_MAX // 4, INTERVAL_S)
+                self._wake.wait_for(lambda: self._is_closing() or self._waiting > WAITING_MAX // 4, INTERVAL_S)
 
     def _take(self) -> tuple[list[Commit], bool, int, bool]:
         """Waits for something to do, and what that is."""
         with self._wake:
-            self._wake.wait_for(lambda: self._commits or self._dropped or self._prune_before or self._closing)
-            taken = list(self._commits), self._dropped, self._prune_before, self._closing
+            self._wake.wait_for(lambda: self._commits or self._dropped or self._prune_before or self._is_closing())
+            taken = list(self._commits), self._dropped, self._prune_before, self._is_closing()
             self._commits.clear()
             self._waiting, self._dropped, self._prune_before = 0, False, 0
             return taken
@@ -144,8 +160,10 @@ class Indexer(threading.Thread):
 class _Fold:
     """What was taken in since the last transaction."""
 
-    def __init__(self, index: IndexWriter, journal: Path, disk: Disk) -> None:
-        self._index, self._journal, self._disk = index, journal, disk
+    def __init__(
+        self, index: IndexWriter, journal: Path, *, disk: Disk = REAL, is_late: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._index, self._journal, self._disk, self._is_late = index, journal, disk, is_late
         self._directories = Directories()
         mark = index.mark()
         if mark is not None and is_valid(mark, journal, disk=disk):
@@ -185,10 +203,10 @@ class _Fold:
         self.position = commit.end
 
     def read(self) -> None:
-        """Everything that the journal holds by now. Raises JournalError."""
+        """What the journal holds by now, unless that takes too long. Raises JournalError."""
         read = 0
         with Follower(self._journal, self.position, disk=self._disk) as follower:
-            while (chunk := follower.poll_frames()).frames:
+            while not self._is_late() and (chunk := follower.poll_frames()).frames:
                 for seq, entry in follower.decode(chunk, chunk.frames):
                     if isinstance(entry, Change):
                         self._directories.apply(seq, entry)

@@ -6,7 +6,7 @@ rules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -49,6 +49,11 @@ class JournalState:
         if entries and isinstance(last := entries[-1], Change):
             self.apply(last, seq)
         return seq
+
+    def is_open(self, layers: Collection[str] = ()) -> bool:
+        """Whether changes of any of `layers`, or of any layer when it is empty, may be missing."""
+        names = {"", *layers} if layers else self._layers
+        return any(self._mark(name).open_desync for name in names)
 
     def checkpoint(self) -> Checkpoint:
         """The state as a note."""

@@ -31,6 +31,8 @@ from watchd.config import Loaded, load
 from watchd.config.schema import Journal as JournalDefaults
 from watchd.config.tree import shown
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
+from watchd.journal.cursors import DIRECTORY, Cursors
+from watchd.journal.indexer import Indexer
 from watchd.journal.writer import Commit, Journal, JournalSettings
 from watchd.kernel.libc import use_one_malloc_arena
 from watchd.kernel.namespaces import Courier
@@ -104,11 +106,15 @@ class Daemon:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         config = self._config
+        self._indexer = Indexer(config.state_directory, config.state_directory / "journal")
         self._journal = await Journal.open(
             config.state_directory / "journal", self._journal_settings(), on_commit=self._committed
         )
+        self._indexer.start()
+        stack.push_async_callback(in_thread, self._indexer.close, name="end")
         stack.push_async_callback(self._close_journal)
         self._consumers = Consumers(self._journal, config.state_directory)
+        self._cursors = Cursors(config.state_directory / DIRECTORY)
         self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
         tools = Tools(Handles(), Courier(timeout_s=None), DropCaches(int(config.coherence.drop_caches_interval)))
         stack.callback(tools.courier.close)
@@ -145,7 +151,7 @@ class Daemon:
         stack.push_async_callback(self._layers.close)
         self._keeper = JournalKeeper(self._journal, self._layers, changed=self._journal_changed)
         parts = self._mounts, self._layers, self._engine, self._journal, self._drop_caches
-        self._metrics.show(partial(snapshot, *parts))
+        self._metrics.show(partial(snapshot, *parts, cursors=self._cursors))
         self._loop.add_reader(self._mounts.fileno(), self._mounts_changed)
         stack.callback(self._loop.remove_reader, self._mounts.fileno())
         self._tell_unused()
@@ -312,11 +318,13 @@ class Daemon:
         self._metrics.append_duration.observe(commit.append_s)
         self._metrics.sync_duration.observe(commit.sync_s)
         self._consumers.committed()
+        self._indexer.committed(commit)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     async def _status(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return status(self._mounts, self._layers, self._engine, self._journal)
+        cursors = await in_thread(self._cursors.all, name="cursors")
+        return status(self._mounts, self._layers, self._engine, self._journal, cursors=cursors)
 
     async def _sync(self, request: Mapping[str, Any]) -> dict[str, Any]:
         patterns, timeout_s = _sync_arguments(request)

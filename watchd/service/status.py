@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from watchd import __version__
@@ -11,6 +13,8 @@ from watchd.coherence.drop_caches import DropCaches
 from watchd.coherence.engine import Engine, MountState
 from watchd.coherence.report import mount_report, name
 from watchd.coherence.view import Stale
+from watchd.errors import JournalError
+from watchd.journal.cursors import Cursor, Cursors
 from watchd.journal.writer import Journal
 from watchd.kernel import filesystems
 from watchd.metrics import Snapshot
@@ -19,6 +23,9 @@ from watchd.service.layer import Layer
 from watchd.service.layers import LayerBook
 from watchd.service.mounts import Mount, MountBook, layer_waiting
 from watchd.service.patience import Waiting
+
+CURSORS_SHOWN_MAX = 100
+"""Series of metrics: of more cursors the first by name are shown."""
 
 FILESYSTEMS = {
     filesystems.EXT4_SUPER_MAGIC: "ext4",
@@ -40,7 +47,9 @@ def mounts_status(mounts: Iterable[Mount], engine: Engine) -> list[dict[str, Any
     return [_mount(mount, engine) for mount in mounts]
 
 
-def status(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal) -> dict[str, Any]:
+def status(
+    books: MountBook, layers: LayerBook, engine: Engine, journal: Journal, *, cursors: Mapping[str, Cursor]
+) -> dict[str, Any]:
     """All of `status --json`."""
     return {
         "version": __version__,
@@ -56,15 +65,31 @@ def status(books: MountBook, layers: LayerBook, engine: Engine, journal: Journal
             "state": "failed" if journal.failure else "ok",
             "reason": str(journal.failure or ""),
         },
-        "cursors": [],
+        "cursors": [
+            {"name": name, "cursor": str(cursor), "lag": lag(cursor, journal)} for name, cursor in cursors.items()
+        ],
         "problems": list(books.problems),
     }
 
 
+def lag(cursor: Cursor, journal: Journal) -> int:
+    """How many records lie behind the cursor: all there ever were if it belongs to another journal."""
+    return max(0, journal.last_seq - (cursor.seq if cursor.epoch == journal.epoch else 0))
+
+
 def snapshot(
-    books: MountBook, layers: LayerBook, engine: Engine, journal: Journal, drop_caches: DropCaches
+    books: MountBook,
+    layers: LayerBook,
+    engine: Engine,
+    journal: Journal,
+    drop_caches: DropCaches,
+    *,
+    cursors: Cursors,
 ) -> Snapshot:
     """What a scrape shows; called in the metrics server's threads, and copies before it looks."""
+    named: dict[str, Cursor] = {}
+    with contextlib.suppress(JournalError):  # asked for at every scrape, so a failing disk is told elsewhere
+        named = cursors.all()
     standings = {mount.overlay.device: state_of(mount, engine) for mount in list(books.mounts.values())}
     return Snapshot(
         layer_states=[layer.state for layer in list(layers.layers.values())],
@@ -74,6 +99,7 @@ def snapshot(
         journal_last_sequence=journal.last_seq,
         journal_bytes=journal.bytes,
         journal_failed=journal.failure is not None,
+        cursor_lags={name: lag(cursor, journal) for name, cursor in islice(named.items(), CURSORS_SHOWN_MAX)},
         queue_bytes=layers.queue_bytes(),
         muted_directories=layers.muted_directories(),
         drop_caches=drop_caches.count,

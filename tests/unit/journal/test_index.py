@@ -232,7 +232,7 @@ def leave_open(state: Path) -> None:
         status = 1
         try:
             writer = IndexWriter(state)
-            fold = indexer_module._Fold(writer, state / "journal", indexer_module.REAL)
+            fold = indexer_module._Fold(writer, state / "journal")
             fold.read()
             fold.flush()
             status = 0
@@ -329,7 +329,7 @@ def test_pruning_drops_what_the_journal_does_not_hold_any_more(tmp_path: Path) -
     index(tmp_path, [early, [Change(1, "gone", b"x", 1, True, False)], [change(9, b"new/x")]])
     indexer = Indexer(tmp_path, tmp_path / "journal")
     indexer.start()
-    indexer.prune(5)
+    indexer.gone_before(5)
     indexer.close()
     rows = consult(tmp_path, lambda index: index.changed(0, layers=index.layers, prefix=None))
     assert rows is not None
