@@ -37,6 +37,8 @@ VERBS = {
     "check": "Audit whole mounts against their layers.",
     "invalidate": "Make mounts look at their layers again, now.",
     "log": "Journal records in order.",
+    "changes": "What changed since a baseline.",
+    "cursor": "Named positions in the journal.",
     "config": "Check the configuration, or show it with its origins.",
     "reload": "Make the daemon read its configuration again.",
 }

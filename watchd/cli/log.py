@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -12,9 +11,9 @@ from typing import BinaryIO
 import click
 import msgspec
 
-from watchd.cli.options import config_option, json_option
+from watchd.cli.options import config_option, json_option, path_prefix
 from watchd.config import load
-from watchd.journal.cursors import DIRECTORY, Cursors, resolve
+from watchd.journal.cursors import DIRECTORY, Cursors, resolve_kept
 from watchd.journal.format import RECORD_TYPES
 from watchd.journal.reader import Follower, NumberedRecord, extent
 from watchd.journal.render import to_json, to_text
@@ -61,11 +60,11 @@ def run_log(
     """Writes the records behind the cursor `since` to `out`, a line each; text in `encoding`, JSON always in UTF-8.
 
     With `follow` it goes on for ever and calls `wait` whenever there is nothing new; an exception of `wait` ends it.
-    Raises JournalError and UsageError.
+    Raises JournalError, RecordsGoneError in place of passing over records that were removed, and UsageError.
     """
     filters = filters or Filters()
     cursors = Cursors(directory.parent / DIRECTORY)
-    with Follower(directory, resolve(since, extent(directory), cursors)) as follower:
+    with Follower(directory, resolve_kept(since, extent(directory), cursors)) as follower:
         while True:
             if records := follower.poll():
                 _print(records, out, filters=filters, encoding=None if as_json else encoding)
@@ -82,12 +81,6 @@ def _print(records: Iterable[NumberedRecord], out: BinaryIO, *, filters: Filters
             line = text or _to_line(to_json(seq, record))
             out.write(line + b"\n")
     out.flush()
-
-
-def path_prefix(text: str) -> bytes:
-    """A path from the command line as records hold it: bytes, relative, without a trailing slash."""
-    normal = os.path.normpath(os.fsencode(text).strip(b"/") or b".")
-    return b"" if normal == b"." else normal
 
 
 @click.command("log")

@@ -63,3 +63,9 @@ def mount_patterns(arguments: Iterable[str]) -> list[str]:
 def _is_pattern(argument: str) -> bool:
     is_glob = any(character in argument for character in "*?[") and not os.path.lexists(argument)
     return is_glob or re.fullmatch(r"[0-9]+:[0-9]+", argument) is not None
+
+
+def path_prefix(text: str) -> bytes:
+    """A path from the command line as records hold it: bytes, relative, without a trailing slash."""
+    normal = os.path.normpath(os.fsencode(text).strip(b"/") or b".")
+    return b"" if normal == b"." else normal

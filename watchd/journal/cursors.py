@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from watchd.errors import UsageError
+from watchd.errors import RecordsGoneError, UsageError
 from watchd.journal.disk import REAL, Disk, write_all
 from watchd.journal.reader import Extent
 from watchd.journal.segments import disk_errors
@@ -134,6 +134,22 @@ def resolve(text: str, extent: Extent, cursors: Cursors) -> int:
         remedy = f"give {NOW} for its end"
         raise UsageError(f"cursor {shown} lies beyond the journal's end at {extent.last_seq}", remedy=remedy)
     return cursor.seq
+
+
+def resolve_kept(text: str, extent: Extent, cursors: Cursors) -> int:
+    """Like `resolve`, for who reads record by record: raises RecordsGoneError too, when the next one was removed.
+
+    `beginning` is always good, and means the oldest record that there is.
+    """
+    seq = resolve(text, extent, cursors)
+    if text != BEGINNING and seq + 1 < extent.first_seq:
+        raise RecordsGoneError(seq + 1, extent.first_seq - 1)
+    return seq
+
+
+def lag(cursor: Cursor, epoch: str, last_seq: int) -> int:
+    """How many records lie behind the cursor in a journal: all there ever were if the cursor belongs to another one."""
+    return max(0, last_seq - (cursor.seq if cursor.epoch == epoch else 0))
 
 
 def find(text: str, cursors: Cursors) -> Cursor:

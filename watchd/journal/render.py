@@ -53,6 +53,20 @@ def entry_to_json(entry: PathEntry | DirectoryEntry) -> dict[str, Any]:
     }
 
 
+def entry_to_text(entry: PathEntry | DirectoryEntry) -> str:
+    """One entry of it as a line for a terminal."""
+    path = printable(entry.path) or "."
+    below = ["(with everything below)"] if entry.recursive else []
+    if isinstance(entry, DirectoryEntry):
+        return "  ".join([str(entry.seq), printable(entry.layer), " ".join([f"{path}/", *below])])
+    words = [",".join(kind_names(entry.kinds)), path + "/" if entry.is_dir else path]
+    if entry.from_path is not None:
+        words.append(f"from {printable(entry.from_path)}")
+    if not entry.exists:
+        words.append("(gone)")
+    return "  ".join([str(entry.seq), printable(entry.layer), " ".join(words + below)])
+
+
 def to_text(seq: int, record: Record) -> str:
     """One record as a line for a terminal. Nothing that came from a file name can control the terminal."""
     words = [str(seq), format_time(record.time_ns), printable(record.layer) or "-", _sentence(record)]

@@ -14,7 +14,7 @@ from watchd.coherence.engine import Engine, MountState
 from watchd.coherence.report import mount_report, name
 from watchd.coherence.view import Stale
 from watchd.errors import JournalError
-from watchd.journal.cursors import Cursor, Cursors
+from watchd.journal.cursors import Cursor, Cursors, lag
 from watchd.journal.writer import Journal
 from watchd.kernel import filesystems
 from watchd.metrics import Snapshot
@@ -66,15 +66,11 @@ def status(
             "reason": str(journal.failure or ""),
         },
         "cursors": [
-            {"name": name, "cursor": str(cursor), "lag": lag(cursor, journal)} for name, cursor in cursors.items()
+            {"name": name, "cursor": str(cursor), "lag": lag(cursor, journal.epoch, journal.last_seq)}
+            for name, cursor in cursors.items()
         ],
         "problems": list(books.problems),
     }
-
-
-def lag(cursor: Cursor, journal: Journal) -> int:
-    """How many records lie behind the cursor: all there ever were if it belongs to another journal."""
-    return max(0, journal.last_seq - (cursor.seq if cursor.epoch == journal.epoch else 0))
 
 
 def snapshot(
@@ -99,7 +95,10 @@ def snapshot(
         journal_last_sequence=journal.last_seq,
         journal_bytes=journal.bytes,
         journal_failed=journal.failure is not None,
-        cursor_lags={name: lag(cursor, journal) for name, cursor in islice(named.items(), CURSORS_SHOWN_MAX)},
+        cursor_lags={
+            name: lag(cursor, journal.epoch, journal.last_seq)
+            for name, cursor in islice(named.items(), CURSORS_SHOWN_MAX)
+        },
         queue_bytes=layers.queue_bytes(),
         muted_directories=layers.muted_directories(),
         drop_caches=drop_caches.count,

@@ -78,6 +78,79 @@ def test_a_renamed_directory_stands_for_all_below_it_under_both_names(tmp_path: 
     ]
 
 
+def gone(path: bytes) -> Change:
+    return directory(path, RENAME, exists=False)
+
+
+def told_of(tmp_path: Path, records: list[Record]) -> dict[bytes, tuple[bool, bool, bytes | None]]:
+    """By path: whether it exists, whether it is recursive, and where it came from."""
+    entries = answer(tmp_path, records)
+    return {one.path: (one.exists, one.recursive, one.from_path) for one in entries if isinstance(one, PathEntry)}
+
+
+@pytest.mark.parametrize("is_new_name_first", [False, True])
+def test_a_directory_that_was_renamed_twice_can_be_followed_to_where_it_was(
+    tmp_path: Path, *, is_new_name_first: bool
+) -> None:
+    first, second = (
+        [gone(b"a"), directory(b"b", RENAME, from_path=b"a")],
+        [gone(b"b"), directory(b"c", RENAME, from_path=b"b")],
+    )
+    if is_new_name_first:
+        first.reverse()
+        second.reverse()
+    assert told_of(tmp_path, [*first, *second, file(b"c/x", MODIFY)]) == {
+        b"a": (False, True, None),
+        b"b": (False, True, b"a"),
+        b"c": (True, True, b"b"),
+        b"c/x": (True, False, None),
+    }
+
+
+def test_what_was_below_a_directory_that_went_is_not_said_to_exist(tmp_path: Path) -> None:
+    told = told_of(
+        tmp_path, [file(b"a/x", MODIFY), file(b"a/d/y", CREATE), gone(b"a"), directory(b"b", RENAME, from_path=b"a")]
+    )
+    assert told == {
+        b"a": (False, True, None),
+        b"a/d/y": (False, False, None),
+        b"a/x": (False, False, None),
+        b"b": (True, True, b"a"),
+    }
+
+
+def test_what_another_directory_brought_under_an_old_name_is_left_to_the_directory(tmp_path: Path) -> None:
+    exchanged = [directory(b"a", RENAME, from_path=b"b"), directory(b"b", RENAME, from_path=b"a")]
+    told = told_of(tmp_path, [file(b"a/x", MODIFY), *exchanged, file(b"b/x", MODIFY)])
+    assert told == {b"a": (True, True, b"b"), b"b": (True, True, b"a"), b"b/x": (True, False, None)}
+
+
+def test_a_directory_that_was_removed_and_made_again_is_another_one(tmp_path: Path) -> None:
+    told = told_of(
+        tmp_path,
+        [
+            file(b"a/x", DELETE, exists=False),
+            directory(b"a", DELETE, exists=False),
+            directory(b"a", CREATE),
+            file(b"a/y", CREATE),
+        ],
+    )
+    assert told == {b"a": (True, True, None), b"a/x": (False, False, None), b"a/y": (True, False, None)}
+
+
+def test_a_directory_that_was_made_or_whose_mode_changed_covers_nothing(tmp_path: Path) -> None:
+    assert told_of(tmp_path, [directory(b"a", CREATE), directory(b"b", ATTRIB)]) == {
+        b"a": (True, False, None),
+        b"b": (True, False, None),
+    }
+
+
+def test_paths_as_deep_as_they_can_be_are_told(tmp_path: Path) -> None:
+    deep = b"/".join([b"d"] * 2040)
+    assert paths(answer(tmp_path, [gone(b"e"), file(deep, CREATE)], prefix=b"d")) == [deep]
+    assert len(collect(tmp_path, "beginning", dirs=True, ancestors=True).entries) == 2041
+
+
 @pytest.mark.parametrize("dirs", [False, True])
 @pytest.mark.parametrize("prefix", [b"a/deep/tree", b"b/deep/tree"])
 def test_a_tree_whose_ancestor_was_renamed_is_not_called_unchanged(
