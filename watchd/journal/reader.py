@@ -151,9 +151,17 @@ class Follower:
         return self._segment.damage(self.position.offset, self.position.seq, fault)
 
     def _following_segment(self) -> int | None:
+        """Raises JournalError when this is no segment of the journal any more and none follows it."""
         firsts = list_segments(self._directory, disk=self._disk)
         index = bisect_right(firsts, self.position.segment)
-        return firsts[index] if index < len(firsts) else None
+        if index < len(firsts):
+            return firsts[index]
+        if self.position.segment not in firsts[-1:]:
+            raise JournalError(
+                f"the journal {self._directory} was removed or begun anew while it was read",
+                remedy="look at everything once, and go on from now",
+            )
+        return None
 
     def _enter(self, first_seq: int) -> None:
         """Goes on with the next segment."""

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from tests.unit.journal.support import SMALL_SEGMENTS, change, changes, flip, only_segment, write
-from watchd.errors import JournalError
+from watchd.errors import JournalError, RecordsGoneError
 from watchd.journal import segments
+from watchd.journal.disk import File, RealDisk, RealFile
 from watchd.journal.format import LayerMark
 from watchd.journal.reader import Extent, Follower, extent, read
 from watchd.journal.segments import list_segments, segment_path
@@ -58,6 +59,75 @@ def test_no_journal_is_one_clear_error(tmp_path: Path) -> None:
         for call in (extent, numbers):
             with pytest.raises(JournalError, match=f"{message}.*watchd run"):
                 call(place)
+
+
+def test_a_follower_of_a_journal_that_was_removed_does_not_wait_for_ever(segmented: Path) -> None:
+    with Follower(segmented, 40) as follower:
+        assert follower.poll() == []
+        for path in segmented.glob("*.wal"):
+            path.unlink()
+        for _ in range(2):
+            with pytest.raises(
+                JournalError, match=r"was removed or begun anew while it was read; look at everything once"
+            ):
+                follower.poll()
+            write(segmented, [changes(2)])
+
+
+def test_a_follower_reads_on_when_what_it_has_read_is_removed(segmented: Path) -> None:
+    firsts = list_segments(segmented)
+    with Follower(segmented) as follower:
+        seen = [seq for seq, _ in follower.poll()]
+        for first in firsts[:-1]:
+            if first <= seen[-1]:
+                segment_path(segmented, first).unlink()
+        while records := follower.poll():
+            seen += [seq for seq, _ in records]
+        assert seen == list(range(1, 41))
+
+
+def test_a_follower_that_was_overtaken_is_told_what_it_will_never_see(segmented: Path) -> None:
+    first, second, third, *_ = list_segments(segmented)
+    message = rf"records {second} to {third - 1} are gone"
+    with Follower(segmented) as follower:
+        assert [seq for seq, _ in follower.poll()][-1] == second - 1
+        for gone in (first, second):
+            segment_path(segmented, gone).unlink()
+        for _ in range(2):
+            with pytest.raises(RecordsGoneError, match=message):
+                follower.poll()
+    position = follower.position
+    for start in (second - 1, position):
+        with pytest.raises(RecordsGoneError, match=message):
+            Follower(segmented, start)
+    assert numbers(segmented) == numbers(segmented, third - 1) == list(range(third, 41))
+
+
+class Watchful(RealDisk):
+    """Notes how much of each file was put on disk."""
+
+    def __init__(self) -> None:
+        self.synced: dict[Path, int] = {}
+
+    def open(self, path: Path, flags: int) -> File:
+        disk = self
+
+        class WatchfulFile(RealFile):
+            def sync(self) -> None:
+                size = self.size()
+                super().sync()
+                disk.synced[path] = size
+
+        return WatchfulFile(path, flags)
+
+
+def test_nobody_sees_what_a_power_cut_could_take_back(segmented: Path) -> None:
+    disk, last = Watchful(), segment_path(segmented, list_segments(segmented)[-1])
+    with Follower(segmented, disk=disk) as follower:
+        while follower.poll():
+            position = follower.position
+            assert segment_path(segmented, position.segment) != last or disk.synced[last] >= position.offset
+        assert disk.synced[last] == last.stat().st_size
 
 
 def test_a_follower_misses_nothing_while_segments_come_and_go(directory: Path) -> None:
