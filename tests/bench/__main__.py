@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import audit, drain, latency, memory, neighbour, noise, start, storm
+from tests.bench import audit, changes, drain, latency, memory, neighbour, noise, start, storm
 from tests.bench.arena import workspace
 from tests.bench.measure import machine
 from tests.bench.report import Report
@@ -29,6 +29,7 @@ BENCHMARKS = {
     "neighbour": neighbour.measure,
     "memory": memory.measure,
     "audit": audit.measure,
+    "changes": changes.measure,
 }
 
 

@@ -45,6 +45,7 @@ class Scale(msgspec.Struct, frozen=True):
     neighbour_turns: int = 3
     starts: int = 3
     audited: int = 1_000_000
+    records: int = 10_000_000
 
 
 SMALL = Scale(
@@ -64,6 +65,7 @@ SMALL = Scale(
     neighbour_turns=1,
     starts=1,
     audited=3000,
+    records=20_000,
 )
 
 

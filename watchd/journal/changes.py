@@ -7,7 +7,7 @@ from the journal, and so is everything when there is no index or it is of no use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -18,10 +18,10 @@ from watchd.errors import RecordsGoneError
 from watchd.journal import cursors as named
 from watchd.journal.cursors import Cursor, Cursors
 from watchd.journal.directories import Directories, Directory
-from watchd.journal.format import CHANGE_TYPE
+from watchd.journal.format import CHANGE_TYPE, Checkpoint
 from watchd.journal.index import Index, Rows, consult, is_valid
 from watchd.journal.paths import PathEntry, Paths
-from watchd.journal.reader import Extent, Follower, extent
+from watchd.journal.reader import Extent, Follower, Position, extent
 from watchd.journal.segments import list_segments
 from watchd.journal.state import JournalState
 from watchd.records import Change
@@ -99,9 +99,13 @@ class _Overview(NamedTuple):
 
     there: Extent
     since: int
-    fresh: bool = False
+    fresh: bool
     rows: Rows | None = None
     """Directories with changes behind the baseline; None when that is not known."""
+    start: Position | None = None
+    """Where to begin reading; None when only the segment is known."""
+    checkpoint: Checkpoint | None = None
+    """What all records up to `there` amount to."""
 
 
 def collect(
@@ -130,7 +134,8 @@ def stream(state_directory: Path, since: str, question: Question) -> Stream:
     )
     if overview is None:
         there = extent(journal)
-        overview = _Overview(there, named.resolve(since, there, cursors))
+        seq = named.resolve(since, there, cursors)
+        overview = _Overview(there, seq, seq + 1 < there.first_seq)
     rows = overview.rows
     if rows is not None and (question.dirs or not rows):
         cursor = Cursor(overview.there.epoch, overview.there.last_seq)
@@ -145,14 +150,23 @@ def _look_up(index: Index, *, journal: Path, since: str, cursors: Cursors, asked
     tail, state = Directories(), JournalState(index.mark.checkpoint)
     try:
         with Follower(journal, index.mark.position) as follower:
-            _apply(follower, 0, tail.apply, state, asked)
+            while (chunk := follower.poll_frames()).frames:
+                for seq, entry in follower.decode(chunk, chunk.frames):
+                    if not isinstance(entry, Change):
+                        state.apply(entry, seq)
+                    elif asked.may_concern(entry):
+                        tail.apply(seq, entry)
             there = Extent(follower.epoch, list_segments(journal)[0], follower.position.seq)
     except RecordsGoneError:
         return None
     seq = named.resolve(since, there, cursors)
     behind = max(seq, there.first_seq - 1)
     fresh = seq + 1 < there.first_seq or state.is_open(asked.layers)
-    return _Overview(there, seq, fresh, _rows(index, tail.layers(), behind, asked))
+    rows = _rows(index, tail.layers(), behind, asked)
+    start = index.position(seq)
+    if start and start.seq + 1 < there.first_seq:
+        start = None
+    return _Overview(there, seq, fresh, rows, start, state.checkpoint())
 
 
 def _rows(index: Index, tail: Rows, since: int, asked: Question) -> Rows | None:
@@ -188,40 +202,55 @@ def _add(rows: Rows, more: Rows, since: int, asked: Question) -> None:
 
 def _read(journal: Path, overview: _Overview, asked: Question) -> Stream:
     """The answer from the journal itself."""
-    start = overview.since
-    fresh = start + 1 < overview.there.first_seq
+    fresh = overview.since + 1 < overview.there.first_seq
+    start: Position | int = overview.start or overview.since
     while True:
-        paths, directories, state = Paths(), Directories(), JournalState()
-        apply = directories.apply if asked.dirs else paths.apply
+        fold = _Fold(overview, asked)
         try:
             with Follower(journal, start) as follower:
-                _apply(follower, overview.since, apply, state, asked)
+                fold.read(follower)
                 cursor = Cursor(follower.epoch, follower.position.seq)
-            break
+            return Stream(cursor, fresh or fold.is_open(), fold.entries())
         except RecordsGoneError:
-            fresh, start = True, 0
-    fresh = fresh or state.is_open(asked.layers)
-    if not asked.dirs:
-        return Stream(cursor, fresh, paths.entries(asked.concerns))
-    rows: Rows = {}
-    _add(rows, directories.layers(), overview.since, asked)
-    return Stream(cursor, fresh, _directory_entries(rows, overview.since, asked))
+            if isinstance(start, Position):
+                start = overview.since
+            else:
+                fresh, start = True, 0
 
 
-def _apply(
-    follower: Follower, since: int, apply: Callable[[int, Change], None], state: JournalState, asked: Question
-) -> None:
-    """Applies the changes behind `since` that concern the question, up to the end that there is now, and to `state` all
-    that is no change.
-    """
-    may_concern = asked.may_concern
-    while (chunk := follower.poll_frames()).frames:
-        frames = [frame for frame in chunk.frames if frame[0] > since or frame[1] != CHANGE_TYPE]
-        for seq, entry in follower.decode(chunk, frames):
-            if not isinstance(entry, Change):
-                state.apply(entry, seq)
-            elif may_concern(entry):
-                apply(seq, entry)
+class _Fold:
+    """The records behind the baseline, put together."""
+
+    def __init__(self, overview: _Overview, asked: Question) -> None:
+        self._since, self._asked = overview.since, asked
+        self._paths, self._directories = Paths(), Directories()
+        self._state = JournalState(overview.checkpoint)
+        self._state_seq = overview.there.last_seq if overview.checkpoint else -1
+
+    def read(self, follower: Follower) -> None:
+        """Takes in what there is up to the end that there is now."""
+        since, may_concern = self._since, self._asked.may_concern
+        apply = self._directories.apply if self._asked.dirs else self._paths.apply
+        while (chunk := follower.poll_frames()).frames:
+            frames = [frame for frame in chunk.frames if frame[0] > since or frame[1] != CHANGE_TYPE]
+            for seq, entry in follower.decode(chunk, frames):
+                if not isinstance(entry, Change):
+                    if seq > self._state_seq:
+                        self._state.apply(entry, seq)
+                elif may_concern(entry):
+                    apply(seq, entry)
+
+    def is_open(self) -> bool:
+        """Whether changes that were asked for may be missing."""
+        return self._state.is_open(self._asked.layers)
+
+    def entries(self) -> Iterator[PathEntry | DirectoryEntry]:
+        """The answer."""
+        if not self._asked.dirs:
+            return self._paths.entries(self._asked.concerns)
+        rows: Rows = {}
+        _add(rows, self._directories.layers(), self._since, self._asked)
+        return _directory_entries(rows, self._since, self._asked)
 
 
 def _directory_entries(rows: Rows, since: int, asked: Question) -> Iterator[DirectoryEntry]:

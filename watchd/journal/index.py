@@ -38,8 +38,8 @@ BUSY_TIMEOUT_S: Final = 5.0
 ATTEMPTS: Final = 3
 """A reader that the coming or going of a writer disturbs tries so often."""
 
-FEW: Final = 20_000
-"""So many directories are rather looked at one by one than all that lie below a path."""
+FEW: Final = 50_000
+"""So many directories that changed are rather looked at one by one than all that lie below a path."""
 
 Rows = dict[str, dict[bytes, Directory]]
 """Directories by layer and path."""
@@ -56,6 +56,7 @@ CREATE TABLE directories (
     PRIMARY KEY (layer, path)
 ) WITHOUT ROWID;
 CREATE INDEX directories_by_seq ON directories (layer, below_seq);
+CREATE TABLE positions (seq INTEGER PRIMARY KEY, segment INTEGER NOT NULL, offset INTEGER NOT NULL);
 CREATE TABLE layers (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE mark (id INTEGER PRIMARY KEY CHECK (id = 0), content BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
@@ -126,17 +127,20 @@ class IndexWriter:
         """How far it has read; None while it is empty."""
         return _mark(self._connection)
 
-    def write(self, rows: Rows, mark: Mark) -> None:
-        """Takes in what was read since the last time, all or nothing."""
+    def write(self, rows: Rows, mark: Mark, positions: Iterable[Position] = ()) -> None:
+        """Takes in what was read since the last time, all or nothing; `positions` are places to begin reading at."""
         with self._transaction() as connection:
             for layer, directories in rows.items():
                 number = self._layers.get(layer) or self._add_layer(layer)
                 connection.executemany(_PUT, ((number, path, *seqs) for path, seqs in directories.items()))
+            places = ((position.seq, position.segment, position.offset) for position in positions)
+            connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", places)
             connection.execute("INSERT OR REPLACE INTO mark VALUES (0, ?)", [_encode_mark(mark)])
 
     def prune(self, first_seq: int) -> None:
         """Drops the directories whose last change is older than the journal, which begins with `first_seq`."""
         with self._transaction() as connection:
+            connection.execute("DELETE FROM positions WHERE seq < ?", [first_seq])
             for name, number in list(self._layers.items()):
                 connection.execute("DELETE FROM directories WHERE layer = ? AND below_seq < ?", [number, first_seq])
                 if not connection.execute("SELECT 1 FROM directories WHERE layer = ?", [number]).fetchone():
@@ -146,7 +150,7 @@ class IndexWriter:
     def clear(self) -> None:
         """Makes it empty."""
         with self._transaction() as connection:
-            for table in ("directories", "layers", "mark"):
+            for table in ("directories", "layers", "positions", "mark"):
                 connection.execute(f"DELETE FROM {table}")
         self._layers = {}
 
@@ -237,6 +241,12 @@ class Index:
                     rows[name] = found
         return rows
 
+    def position(self, seq: int) -> Position | None:
+        """Where to begin reading for the records behind number `seq`; None where only the segment is known."""
+        query = "SELECT segment, offset, seq FROM positions WHERE seq <= ? ORDER BY seq DESC LIMIT 1"
+        row = self._connection.execute(query, [seq]).fetchone()
+        return row and Position(*row)
+
     def row(self, layer: str, path: bytes) -> Directory:
         """One directory."""
         return self._select("layer = ? AND path = ?", self.layers.get(layer, 0), path).get(path, Directory())
@@ -255,14 +265,12 @@ class Index:
         return found
 
     def _inside(self, layer: int, since: int, prefix: bytes) -> dict[bytes, Directory]:
-        """What is below `prefix`, on the shorter one of two ways."""
+        """What is below `prefix`, on the shorter one of two ways: all that changed, or all that is below."""
         query = "SELECT count(*) FROM (SELECT 1 FROM directories WHERE layer = ? AND below_seq > ? LIMIT ?)"
-        if self._connection.execute(query, [layer, since, FEW]).fetchone()[0] < FEW:
-            start = prefix + b"/"
-            return {path: row for path, row in self._behind(layer, since).items() if path.startswith(start)}
-        # `+` keeps it from the other index; "0" is the character behind "/".
-        range_ = "layer = ? AND path > ? AND path < ? AND +below_seq > ?"
-        return self._select(range_, layer, prefix + b"/", prefix + b"0", since)
+        is_few = self._connection.execute(query, [layer, since, FEW]).fetchone()[0] < FEW
+        # In terms with a `+` no index is looked for. "0" is the character behind "/".
+        where = "+path > ? AND +path < ? AND below_seq > ?" if is_few else "path > ? AND path < ? AND +below_seq > ?"
+        return self._select(f"layer = ? AND {where}", layer, prefix + b"/", prefix + b"0", since)
 
     def _select(self, where: str, *values: int | bytes) -> dict[bytes, Directory]:
         query = f"SELECT {_COLUMNS} FROM directories WHERE {where}"

@@ -40,6 +40,9 @@ WAITING_MAX: Final = 200_000
 STEP: Final = 200_000
 """So many records that are read from the journal make a transaction."""
 
+STRIDE_BYTES: Final = 1 << 20
+"""The index knows a place to begin reading at about every so many bytes of a segment."""
+
 CLOSE_S: Final = 1.0
 """So long it goes on taking in what is left when it is told to end."""
 
@@ -173,7 +176,8 @@ class _Fold:
 
     def _begin(self, epoch: str, position: Position, state: JournalState) -> None:
         self._epoch, self.position, self._state = epoch, position, state
-        self._flushed = position
+        self._flushed = self._noted = position
+        self._positions: list[Position] = []
 
     def _start_over(self) -> None:
         """From the oldest record that there is."""
@@ -200,7 +204,14 @@ class _Fold:
             if type(entry) is Change:
                 self._directories.apply(seq, entry)
         self._state.apply_all(commit.entries, commit.begin.seq)
-        self.position = commit.end
+        self._advance(commit.end)
+
+    def _advance(self, position: Position) -> None:
+        self.position = position
+        noted = self._noted
+        if position.segment != noted.segment or position.offset - noted.offset >= STRIDE_BYTES:
+            self._positions.append(position)
+            self._noted = position
 
     def read(self) -> None:
         """What the journal holds by now, unless that takes too long. Raises JournalError."""
@@ -211,7 +222,7 @@ class _Fold:
                     if isinstance(entry, Change):
                         self._directories.apply(seq, entry)
                     self._state.apply(entry, seq)
-                self.position = follower.position
+                self._advance(follower.position)
                 read += len(chunk.frames)
                 if read >= STEP:
                     read = 0
@@ -223,6 +234,7 @@ class _Fold:
             return
         with Segment(self._journal, self.position.segment, disk=self._disk) as segment:
             crc = segment.header.crc
-        self._index.write(self._directories.layers(), Mark(self._epoch, self.position, crc, self._state.checkpoint()))
-        self._directories = Directories()
+        mark = Mark(self._epoch, self.position, crc, self._state.checkpoint())
+        self._index.write(self._directories.layers(), mark, self._positions)
+        self._directories, self._positions = Directories(), []
         self._flushed = self.position

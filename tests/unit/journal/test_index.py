@@ -318,6 +318,36 @@ def test_an_index_of_another_or_an_older_journal_is_not_believed(state: Path, tm
     assert consult(state, lambda index: index.mark.position.seq) == 3
 
 
+def test_recent_changes_are_told_without_reading_what_is_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexer_module, "STRIDE_BYTES", 1)
+    index(tmp_path, [changes(5, start) for start in range(1, 41, 5)])
+    journal = tmp_path / "journal"
+    position = consult(tmp_path, lambda index: index.position(33))
+    assert position is not None
+    assert position.seq == 30
+    assert position.segment < 30, "there is something before it in its segment"
+    path = segment_path(journal, position.segment)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes(position.offset - 40) + whole[position.offset :])
+    epoch = consult(tmp_path, lambda index: index.mark.epoch)
+    assert [entry.seq for entry in collect(tmp_path, f"{epoch}:33").entries] == [40]
+
+
+def test_a_place_to_begin_at_that_retention_removed_does_not_make_an_answer_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index(tmp_path, [changes(5, start) for start in range(1, 41, 5)])
+    first, second, *_ = list_segments(tmp_path / "journal")
+    segment_path(tmp_path / "journal", first).unlink()
+    epoch = extent(tmp_path / "journal").epoch
+    for since in range(second - 1, 40):
+        answer = collect(tmp_path, f"{epoch}:{since}")
+        assert (answer.fresh, [entry.seq for entry in answer.entries]) == (False, [40])
+    assert collect(tmp_path, f"{epoch}:{second - 2}").fresh
+
+
 def test_what_waits_too_long_is_read_from_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexer_module, "WAITING_MAX", 3)
     index(tmp_path, [changes(2, start) for start in range(1, 41, 2)])
