@@ -1,7 +1,7 @@
 """What watchd tells Prometheus; the only user of prometheus_client.
 
 Facts: prometheus_client binds to all addresses unless told otherwise, and adds a `_created` series to every counter unless
-disabled. Its HTTP server runs in threads of its own; a scrape reads numbers that are in memory and never touches a mount.
+disabled. Its HTTP server runs in threads of its own; a scrape reads what is in memory or in our own files, never a mount.
 Labels hold names that were configured or discovered (layer names, major:minor), never file paths.
 """
 
