@@ -49,7 +49,7 @@ from watchd.service.names import NameBook
 from watchd.service.notify import notify, reloading, watchdog_interval_s
 from watchd.service.patience import in_thread
 from watchd.service.stalelog import StaleLog
-from watchd.service.status import mounts_status, snapshot, state_of, status
+from watchd.service.status import all_cursors, mounts_status, snapshot, state_of, status
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +323,7 @@ class Daemon:
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     async def _status(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        cursors = await in_thread(self._cursors.all, name="cursors")
+        cursors = await in_thread(partial(all_cursors, self._cursors), name="cursors")
         return status(self._mounts, self._layers, self._engine, self._journal, cursors=cursors)
 
     async def _sync(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -73,6 +72,14 @@ def status(
     }
 
 
+def all_cursors(cursors: Cursors) -> dict[str, Cursor]:
+    """None when they cannot be read: that their disk fails is told elsewhere, and all else can be shown. May block."""
+    try:
+        return cursors.all()
+    except JournalError:
+        return {}
+
+
 def snapshot(
     books: MountBook,
     layers: LayerBook,
@@ -83,9 +90,7 @@ def snapshot(
     cursors: Cursors,
 ) -> Snapshot:
     """What a scrape shows; called in the metrics server's threads, and copies before it looks."""
-    named: dict[str, Cursor] = {}
-    with contextlib.suppress(JournalError):  # asked for at every scrape, so a failing disk is told elsewhere
-        named = cursors.all()
+    named = all_cursors(cursors)
     standings = {mount.overlay.device: state_of(mount, engine) for mount in list(books.mounts.values())}
     return Snapshot(
         layer_states=[layer.state for layer in list(layers.layers.values())],

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -352,6 +353,49 @@ def test_what_waits_too_long_is_read_from_the_journal(tmp_path: Path, monkeypatc
     monkeypatch.setattr(indexer_module, "WAITING_MAX", 3)
     index(tmp_path, [changes(2, start) for start in range(1, 41, 2)])
     assert consult(tmp_path, lambda index: index.mark.position.seq) == 40
+
+
+def wait_for(indexer: Indexer, seq: int) -> None:
+    deadline = time.monotonic() + 20
+    while indexer.read_upto < seq:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def test_an_index_that_cannot_be_written_is_told_once_and_made_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(indexer_module, "RETRY_S", 0.001)
+    write(tmp_path / "journal", [changes(5)])
+    (tmp_path / FILE).mkdir()
+    tries = []
+    monkeypatch.setattr(indexer_module, "is_damage", lambda error: tries.append(error))
+    indexer = Indexer(tmp_path, tmp_path / "journal")
+    indexer.start()
+    while len(tries) < 3:
+        os.sched_yield()
+    (tmp_path / FILE).rmdir()
+    wait_for(indexer, 5)
+    indexer.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot keep the index of the journal: unable to open database file; `watchd changes` reads the journal meanwhile"
+    ]
+
+
+def test_the_daemon_does_not_wait_for_an_index_that_is_far_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "journal", [changes(5)])
+    monkeypatch.setattr(indexer_module, "CLOSE_S", -1.0)
+    indexer = Indexer(tmp_path, tmp_path / "journal")
+    indexer.close()  # before it has read anything
+    indexer.start()
+    indexer.join()
+    assert consult(tmp_path, lambda index: index.mark.position.seq) in (None, 0)
+    assert collect(tmp_path, "beginning", dirs=True).entries == (DirectoryEntry("base", b"etc", 5),)
+    monkeypatch.setattr(indexer_module, "CLOSE_S", 1.0)
+    index(tmp_path)
+    assert consult(tmp_path, lambda index: index.mark.position.seq) == 5
 
 
 def test_pruning_drops_what_the_journal_does_not_hold_any_more(tmp_path: Path) -> None:
