@@ -47,7 +47,7 @@ class Consumer:
         return bool(records)
 
     def store(self) -> None:
-        self._cursors.set(self._name, Cursor(self._follower.epoch, self._follower.position.seq))
+        self._cursors.set(self._name, Cursor(self._follower.epoch, self._follower.seq))
         self.kept += self._seen
         self._seen = []
 

@@ -9,6 +9,7 @@ Facts about SQLite (3.40), WAL mode, and what they mean for us
 * A connection with `mode=ro` makes them too. With `readonly_shm=1` as well it changes no file where they exist, and
   fails where they do not. Without them nobody writes, and `immutable=1` reads the database itself, without any lock:
   whoever does so has to look afterwards whether a writer came meanwhile.
+* An index of a table WITHOUT ROWID holds the primary key too. One with all columns spares a second look for every row.
 * `synchronous=NORMAL` may lose the last transactions in a power cut, never a part of one.
 """
 
@@ -55,7 +56,7 @@ CREATE TABLE directories (
     whole_seq INTEGER NOT NULL,
     PRIMARY KEY (layer, path)
 ) WITHOUT ROWID;
-CREATE INDEX directories_by_seq ON directories (layer, below_seq);
+CREATE INDEX directories_by_seq ON directories (layer, below_seq, own_seq, whole_seq);
 CREATE TABLE positions (seq INTEGER PRIMARY KEY, segment INTEGER NOT NULL, offset INTEGER NOT NULL);
 CREATE TABLE layers (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE mark (id INTEGER PRIMARY KEY CHECK (id = 0), content BLOB NOT NULL);
@@ -274,7 +275,7 @@ class Index:
 
     def _select(self, where: str, *values: int | bytes) -> dict[bytes, Directory]:
         query = f"SELECT {_COLUMNS} FROM directories WHERE {where}"
-        return {path: Directory(*seqs) for path, *seqs in self._connection.execute(query, values)}
+        return {row[0]: Directory(row[1], row[2], row[3]) for row in self._connection.execute(query, values)}
 
 
 def consult(state_directory: Path, question: Callable[[Index], T | None]) -> T | None:

@@ -78,6 +78,11 @@ class Follower:
         self._segment = self._open(self.position.segment)
 
     @property
+    def seq(self) -> int:
+        """The number behind which the next poll goes on: what makes a cursor. `position` may lie before it."""
+        return max(self._since, self.position.seq)
+
+    @property
     def epoch(self) -> str:
         """The journal's epoch, 16 hexadecimal digits."""
         return self._segment.header.epoch.hex()

@@ -49,6 +49,14 @@ def test_records_that_are_gone_are_not_waited_for(segmented: Path) -> None:
     assert extent(segmented).first_seq == second
 
 
+def test_who_has_read_nothing_yet_stands_where_it_began(segmented: Path) -> None:
+    for since in range(41):
+        with Follower(segmented, since) as follower:
+            assert follower.seq == since
+            records = follower.poll()
+            assert follower.seq == (records[-1][0] if records else since)
+
+
 def test_the_extent_is_that_of_the_journal(segmented: Path) -> None:
     epoch = segment_path(segmented, 1).read_bytes()[12:20].hex()
     assert extent(segmented) == Extent(epoch, 1, 40)
