@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.crash.test_killed_writer import Writers
+from tests.soak import rounds
 from tests.unit.journal.support import write
 from watchd.errors import RecordsGoneError
 from watchd.journal.cursors import DIRECTORY, Cursor, Cursors, resolve_kept
 from watchd.journal.reader import Follower, NumberedRecord, extent, read
 from watchd.journal.segments import list_segments, segment_path
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = 12
 STEPS = 40
 FOLLOWERS = 3
@@ -66,12 +66,11 @@ class Consumer:
         chance.choices([self.poll, self.store, self.die], [6, 2, 1])[0]()
 
 
-def start_writer(journal: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.crash.writing_process", str(journal)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline().startswith("acknowledged")
-    return process
+@pytest.fixture
+def writers() -> Iterator[Writers]:
+    writers = Writers()
+    yield writers
+    writers.close()
 
 
 def tear(journal: Path, chance: random.Random) -> None:
@@ -93,19 +92,22 @@ def remove_what_all_have(journal: Path, upto: int) -> list[NumberedRecord]:
     return records
 
 
-def test_followers_see_every_record_once_whoever_dies_and_whatever_is_removed_behind_them(tmp_path: Path) -> None:
+def test_followers_see_every_record_once_whoever_dies_and_whatever_is_removed_behind_them(
+    tmp_path: Path, writers: Writers
+) -> None:
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     journal = tmp_path / "journal"
     write(journal, [])
     consumers = [Consumer(tmp_path, f"consumer-{number}") for number in range(FOLLOWERS)]
     removed: list[NumberedRecord] = []
-    for _ in range(ROUNDS):
-        process = start_writer(journal)
+    for _ in range(rounds(ROUNDS)):
+        said = writers.begin(journal)
+        assert next(said)[0] == "acknowledged"
         for _ in range(chance.randrange(STEPS)):
             chance.choice(consumers).step(chance)
-        process.kill()
-        process.communicate()
+        writers.kill()
+        assert all(word == "acknowledged" for word, _ in said)
         tear(journal, chance)
         for _ in range(chance.randrange(4)):
             chance.choice(consumers).step(chance)
@@ -115,21 +117,22 @@ def test_followers_see_every_record_once_whoever_dies_and_whatever_is_removed_be
         consumer.finish()
     log = removed + list(read(journal))
     assert [seq for seq, _ in log] == list(range(1, len(log) + 1)), f"seed {seed}"
-    assert len(log) > ROUNDS, f"seed {seed}"
+    assert len(log) > rounds(ROUNDS), f"seed {seed}"
     assert removed, f"seed {seed}"
     for consumer in consumers:
         assert consumer.kept == log, f"seed {seed}"
 
 
-def test_a_consumer_that_retention_overtook_is_told_once_and_exactly(tmp_path: Path) -> None:
+def test_a_consumer_that_retention_overtook_is_told_once_and_exactly(tmp_path: Path, writers: Writers) -> None:
     journal = tmp_path / "journal"
     write(journal, [])
     slow, fast = Consumer(tmp_path, "slow"), Consumer(tmp_path, "fast")
-    process = start_writer(journal)
+    said = writers.begin(journal)
+    assert next(said)[0] == "acknowledged"
     while len(list_segments(journal)) < 4:
         fast.poll()
-    process.kill()
-    process.communicate()
+    writers.kill()
+    assert all(word == "acknowledged" for word, _ in said)
     fast.finish()
     gone = remove_what_all_have(journal, fast.stored_seq)
     with pytest.raises(RecordsGoneError) as told:

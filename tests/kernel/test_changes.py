@@ -13,6 +13,7 @@ import pytest
 
 from tests.kernel.running import Daemon, Json
 from tests.kernel.sandbox import Sandbox
+from tests.soak import rounds
 from watchd.journal.index import consult
 from watchd.kernel.files import RENAME_EXCHANGE, renameat2
 
@@ -133,7 +134,7 @@ def test_a_copy_kept_from_changes_is_the_layer(sandbox: Sandbox, daemon: Daemon,
     consumer = Consumer(daemon, low)
     seed = random.randrange(2**32)
     chaos = Chaos(low, seed)
-    for number in range(ROUNDS):
+    for number in range(rounds(ROUNDS)):
         for _ in range(STEPS):
             chaos.step()
         daemon.ask("sync", mounts=[os.fsdecode(merged)], timeout=20)

@@ -133,6 +133,11 @@ class Follower:
             if following is None:
                 if buffer and self._segment.is_damage(buffer, found, here.offset, here.seq):
                     raise self._damage(found.fault)
+                if not self._segment.is_in_place():
+                    raise JournalError(
+                        f"the journal {self._directory} was removed or begun anew while it was read",
+                        remedy="look at everything once, and go on from now",
+                    )
                 return Chunk(buffer, [], here)
             if buffer:
                 raise self._damage(found.fault)
@@ -156,17 +161,9 @@ class Follower:
         return self._segment.damage(self.position.offset, self.position.seq, fault)
 
     def _following_segment(self) -> int | None:
-        """Raises JournalError when this is no segment of the journal any more and none follows it."""
         firsts = list_segments(self._directory, disk=self._disk)
         index = bisect_right(firsts, self.position.segment)
-        if index < len(firsts):
-            return firsts[index]
-        if self.position.segment not in firsts[-1:]:
-            raise JournalError(
-                f"the journal {self._directory} was removed or begun anew while it was read",
-                remedy="look at everything once, and go on from now",
-            )
-        return None
+        return firsts[index] if index < len(firsts) else None
 
     def _enter(self, first_seq: int) -> None:
         """Goes on with the next segment."""

@@ -133,6 +133,11 @@ class Segment:
         with disk_errors(f"cannot look at {self.path}"):
             return self._file.size()
 
+    def is_in_place(self) -> bool:
+        """Whether its name still leads to it. Raises JournalError."""
+        with disk_errors(f"cannot look at {self.path}"):
+            return self._file.is_at(self.path)
+
     def sync(self, upto: int) -> None:
         """Puts the bytes before offset `upto` on disk, whoever wrote them. Raises JournalError."""
         if upto <= self._synced_bytes:

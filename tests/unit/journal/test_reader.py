@@ -82,6 +82,18 @@ def test_a_follower_of_a_journal_that_was_removed_does_not_wait_for_ever(segment
             write(segmented, [changes(2)])
 
 
+def test_a_follower_of_a_segment_that_was_replaced_does_not_wait_for_ever(directory: Path) -> None:
+    write(directory, [changes(2)])
+    path = only_segment(directory)
+    with Follower(directory, 2) as follower:
+        assert follower.poll() == []
+        copy = path.with_suffix(".copy")
+        copy.write_bytes(path.read_bytes())
+        copy.rename(path)
+        with pytest.raises(JournalError, match="was removed or begun anew"):
+            follower.poll()
+
+
 def test_a_follower_reads_on_when_what_it_has_read_is_removed(segmented: Path) -> None:
     firsts = list_segments(segmented)
     with Follower(segmented) as follower:
