@@ -6,6 +6,8 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,13 +23,14 @@ from watchd.journal import changes as changes_module
 from watchd.journal import indexer as indexer_module
 from watchd.journal.changes import Changes, DirectoryEntry, PathEntry, Question, collect
 from watchd.journal.directories import up_from
-from watchd.journal.index import FILE, Index, IndexWriter, consult, is_valid, remove
+from watchd.journal.index import FILE, Index, consult, is_valid, remove
 from watchd.journal.indexer import Indexer
 from watchd.journal.reader import extent
 from watchd.journal.segments import list_segments, segment_path
 from watchd.journal.writer import Commit, Journal
 from watchd.records import Change, Desync, Kind, Record, Resync
 
+REPOSITORY = Path(__file__).parents[3]
 LAYERS = ["base", "other"]
 WHOLE = Kind.RENAME | Kind.DELETE
 
@@ -221,25 +224,25 @@ def test_asking_changes_nothing_on_disk(state: Path, *, is_left: bool) -> None:
 
     before = look()
     for question in ({}, {"dirs": True}, {"prefix": b"usr"}):
-        collect(state, "beginning", **question)  # type: ignore[arg-type]
+        collect(state, "beginning", **question)
     assert look() == before
 
 
 def leave_open(state: Path) -> None:
     """Has a process take in a record and die with the index open."""
     write(state / "journal", [[change(41, b"usr/lib/x")]])
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            writer = IndexWriter(state)
-            fold = indexer_module._Fold(writer, state / "journal")
-            fold.read()
-            fold.flush()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+    code = f"""
+import os, pathlib
+from watchd.journal.index import IndexWriter
+from watchd.journal.indexer import _Fold
+state = pathlib.Path({str(state)!r})
+writer = IndexWriter(state)
+fold = _Fold(writer, state / "journal")
+fold.read()
+fold.flush()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.usefixtures("unread")
