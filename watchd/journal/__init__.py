@@ -9,6 +9,9 @@
     reader       `read` and `Follower`: any number of readers, with or without a writer
     cursors      positions as people write them, and named ones
     directories  pure: which directories hold changes
+    paths        pure: which paths changed, and how they are now
+    index        directories kept in SQLite: one writer, any number of readers
+    indexer      the thread that writes it
     changes      what changed since a baseline
     render       records and changes as JSON and as text
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
@@ -114,7 +114,8 @@ class Indexer(threading.Thread):
                 self._keep(index)
         except sqlite3.Error as error:
             if is_damage(error):
-                remove(self._state_directory)
+                with suppress(OSError):  # then it is tried again, and told once
+                    remove(self._state_directory)
             return f"cannot keep the index of the journal: {error}"
         except (JournalError, OSError) as error:
             return f"cannot read the journal for its index: {error}"
