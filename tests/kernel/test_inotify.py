@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from watchd.errors import LayerError, UnsupportedError
-from watchd.kernel.files import name_to_handle_at
+from watchd.kernel.files import RENAME_EXCHANGE, name_to_handle_at, renameat2
 from watchd.kernel.libc import AT_FDCWD
 from watchd.kernel.mounts import open_tree_clone
 from watchd.records import Change, Kind
@@ -292,6 +292,26 @@ def test_an_exchange_of_two_directories_is_followed(workspace: Path, root: Path,
         assert {path for path, _ in told(source)} == {b"x/inner/in-x", b"y/inner/in-y"}
         (root / "x/inner/in-x").unlink()
         (root / "y/inner/in-y").unlink()
+        changes(source)
+
+
+def test_two_directories_that_changed_places_in_one_step_stay_watched(root: Path, watch: Watch) -> None:
+    for name in ("x/inner", "y/inner"):
+        (root / name).mkdir(parents=True)
+    source = watch(root)
+    x, y = os.fsencode(root / "x"), os.fsencode(root / "y")
+    for _ in range(3):
+        renameat2(AT_FDCWD, x, AT_FDCWD, y, flags=RENAME_EXCHANGE)
+        assert {b"x", b"y"} <= {path for path, _ in told(source)}
+        source.idle()
+        changes(source)
+        assert watched_directories(source) == directories(root)
+        names = ("x/in-x", "y/in-y", "x/inner/in-x", "y/inner/in-y")
+        for name in names:
+            (root / name).touch()
+        assert {path for path, _ in told(source)} == {os.fsencode(name) for name in names}
+        for name in names:
+            (root / name).unlink()
         changes(source)
 
 

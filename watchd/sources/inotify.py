@@ -11,6 +11,8 @@ Facts and what they mean for us
   that, a directory that was renamed is walked again.
 * The watch of a directory that was moved out of the layer goes on; it is removed when its other half has not come by the next
   `idle`. Removing a watch queues IN_IGNORED, so many are removed in slices, lest that overflows the queue.
+* RENAME_EXCHANGE of a and b queues MOVED_FROM a, MOVED_TO b, MOVED_FROM b, MOVED_TO a: what left b with the third is what had
+  been there before the second. Two renames to and fro queue the same, so both names are looked at.
 * A watch holds its inode but not its filesystem: umount works, and queues IN_UNMOUNT.
 * Walking opens and lists directories. IN_OPEN, IN_ACCESS and IN_CLOSE_NOWRITE are not asked for, so walks queue nothing.
 * An attribute change of a directory is told by its own watch and by its parent's. Writes through another hard link, and
@@ -265,6 +267,7 @@ class InotifySource:
     def _follow(self, steps: Iterable[Step]) -> tuple[dict[Key, int], list[int]]:
         """Replay what happened to directories; returns those to be looked at, with how they came, and the ended watches."""
         arrivals: dict[Key, int] = {}
+        contested: set[Key] = set()
         ended = []
         departed_before, self._departed = self._departed, {}
         for wd, mask, cookie, name in steps:
@@ -274,12 +277,16 @@ class InotifySource:
             elif mask & IN_MOVED_TO:
                 moved = self._departed.pop(cookie, 0) or departed_before.pop(cookie, 0)
                 if moved in self._tree and wd in self._tree:
+                    if self._tree.is_taken(wd, name, by_other_than=moved):
+                        contested.add((wd, name))
                     self._tree.place(moved, wd, name)
                 arrivals[wd, name] = moved or MOVED_IN
             elif mask & IN_CREATE:
                 arrivals[wd, name] = CREATED
             else:
                 arrivals.pop((wd, name), None)
+                if (wd, name) in contested:
+                    arrivals[wd, name] = MOVED_IN  # which one left cannot be told: look
                 gone = self._tree.leave(wd, name)
                 if gone is not None and mask & IN_MOVED_FROM:
                     self._departed[cookie] = gone

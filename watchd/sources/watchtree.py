@@ -59,6 +59,10 @@ class WatchTree:
         """The watch that stands for this name. Raises KeyError."""
         return self._wds[_pack(parent, name)]
 
+    def is_taken(self, parent: int, name: bytes, *, by_other_than: int) -> bool:
+        """Whether another watch stands for this name."""
+        return self._wds.get(_pack(parent, name), by_other_than) != by_other_than
+
     def place(self, wd: int, parent: int, name: bytes) -> bool:
         """The directory `wd` is this name in that parent now; returns whether that is news."""
         key = _pack(parent, name)
