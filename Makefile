@@ -8,7 +8,7 @@ UNITDIR ?= /etc/systemd/system
 DESTDIR ?=
 
 # Debian packages that the tests use, beyond what every Debian has.
-TEST_PACKAGES = bindfs btrfs-progs e2fsprogs erofs-utils inotify-tools libcap2-bin mount rsync squashfs-tools systemd util-linux xfsprogs
+TEST_PACKAGES = bindfs btrfs-progs e2fsprogs erofs-utils inotify-tools libcap2-bin mount rsync squashfs-tools systemd systemd-container util-linux xfsprogs
 
 # mkfs and losetup are not on the path of every user.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin

@@ -18,6 +18,7 @@ from watchd.journal.reader import Follower, NumberedRecord, read
 from watchd.records import Change, Desync, Resync, Via
 
 FILES = 2000
+KILLS = 6
 
 PACE_S = 0.001
 """So that a daemon lives long enough to get anywhere in its journal."""
@@ -208,6 +209,24 @@ def test_a_daemon_that_is_killed_again_and_again_under_load_takes_back_nothing_a
         seen, true = (os.path.join(path, directory) for path in (merged, sandbox.path(b"low")))
         if os.path.isdir(true):
             assert sorted(os.listdir(seen)) == sorted(os.listdir(true))
+
+
+def test_a_daemon_whose_manager_keeps_its_groups_misses_nothing_either(sandbox: Sandbox, daemon: Daemon) -> None:
+    daemon.manager.keeps = True
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    for number in range(KILLS):
+        burst = Burst(sandbox.path(b"low"), range(number * FILES, (number + 1) * FILES))
+        burst.wait_for_half()
+        daemon.kill()
+        daemon.start()
+        burst.join()
+        if number % 2:  # else it is killed while it makes good for the last time
+            assert daemon.sync(merged) == []
+            assert {str(file) for file in range((number + 1) * FILES)} <= daemon.changed()
+    log = daemon.log()
+    opened = [record["seq"] for record in log if record["type"] == "desync"]
+    assert [record["closes"] for record in log if record["type"] == "resync"][-1:] == opened[-1:]
 
 
 def test_a_daemon_that_was_stopped_says_so_and_finds_what_happened_meanwhile(sandbox: Sandbox, daemon: Daemon) -> None:

@@ -27,10 +27,27 @@ _numbers = itertools.count(1)
 Json = dict[str, Any]
 
 
+_PASS_ON = """
+import fcntl, os, sys
+numbers = [int(number) for number in sys.argv[2].split(",")]
+given = [fcntl.fcntl(number, fcntl.F_DUPFD, 100) for number in numbers]
+for number in numbers:
+    os.close(number)
+for place, descriptor in enumerate(given, 3):
+    os.dup2(descriptor, place)
+    os.close(descriptor)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(given)), LISTEN_FDNAMES=sys.argv[1])
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 class ManagerSocket:
-    """The service manager's end of sd_notify(3)."""
+    """The service manager's end of sd_notify(3); with `keeps`, its store of file descriptors too."""
 
     def __init__(self) -> None:
+        self.keeps = False
+        self.store: dict[str, int] = {}
+        """Descriptors that a process has given, by name, for those that follow."""
         self.address = f"@watchd-test-{os.getpid()}-{next(_numbers)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.bind("\0" + self.address[1:])
@@ -45,7 +62,7 @@ class ManagerSocket:
             while ready := dict(poll.poll(PATIENCE_S * 1000)):
                 if self._socket.fileno() not in ready:
                     return False
-                if line in self._socket.recv(65536).decode().split("\n"):
+                if line in self._take():
                     return True
         finally:
             os.close(pidfd)
@@ -54,10 +71,32 @@ class ManagerSocket:
     def forget(self) -> None:
         """Take off what was said until now."""
         while select.select([self._socket], [], [], 0)[0]:
-            self._socket.recv(65536)
+            self._take()
+
+    def passing_on(self) -> list[str]:
+        """What to put before a command for it to get what is in the store (sd_listen_fds(3))."""
+        if not self.store:
+            return []
+        numbers = ",".join(map(str, self.store.values()))
+        return [sys.executable, "-I", "-S", "-c", _PASS_ON, ":".join(self.store), numbers]
 
     def close(self) -> None:
         self._socket.close()
+        for descriptor in self.store.values():
+            os.close(descriptor)
+
+    def _take(self) -> list[str]:
+        """One message."""
+        if not self.keeps:
+            return self._socket.recv(65536).decode().split("\n")
+        message, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 16)
+        lines = message.decode().split("\n")
+        name = next((line.removeprefix("FDNAME=") for line in lines if line.startswith("FDNAME=")), "")
+        if "FDSTORE=1" in lines:
+            [self.store[name]] = descriptors
+        elif "FDSTOREREMOVE=1" in lines:
+            os.close(self.store.pop(name))
+        return lines
 
 
 class Daemon:
@@ -69,7 +108,7 @@ class Daemon:
         self.home.mkdir(exist_ok=True)
         self.config = self.home / "watchd.yaml"
         self._errors = self.home / "stderr"
-        self._manager = ManagerSocket()
+        self.manager = ManagerSocket()
         self._process: subprocess.Popen[bytes] | None = None
         self.runtime_directory = self.home / "run"
         self.settings: Json = {
@@ -89,7 +128,7 @@ class Daemon:
     def start(self) -> Daemon:
         """Begin, and return when it is ready."""
         self.launch()
-        if not self._manager.wait_for("READY=1", self.process):
+        if not self.manager.wait_for("READY=1", self.process):
             self.process.wait()
             raise AssertionError(f"it ended with status {self.process.returncode}:\n{self.errors()}")
         return self
@@ -97,12 +136,22 @@ class Daemon:
     def launch(self, *, launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """Begin, without waiting; `launcher` is a command that runs the command it is given."""
         assert self._process is None, "it runs already"
-        self._manager.forget()
-        command = [*launcher, sys.executable, "-W", "always::ResourceWarning", "-m", "watchd", "run"]
+        self.manager.forget()
+        command = [
+            *launcher,
+            *self.manager.passing_on(),
+            sys.executable,
+            "-W",
+            "always::ResourceWarning",
+            "-m",
+            "watchd",
+            "run",
+        ]
         with self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
                 [*command, "--config", str(self.config)],
-                env={**_environment(), "NOTIFY_SOCKET": self._manager.address},
+                env={**_environment(), "NOTIFY_SOCKET": self.manager.address},
+                pass_fds=list(self.manager.store.values()),
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -154,9 +203,9 @@ class Daemon:
 
     def signal_and_wait(self, number: signal.Signals, line: str) -> None:
         """Send a signal; return when the daemon has said `line` to its manager."""
-        self._manager.forget()
+        self.manager.forget()
         self.process.send_signal(number)
-        assert self._manager.wait_for(line, self.process)
+        assert self.manager.wait_for(line, self.process)
 
     def close(self) -> None:
         """Stop, and look back: nothing that the daemon printed may be a traceback or tell of a leak."""
@@ -164,7 +213,7 @@ class Daemon:
             self.stop()
             self.assert_calm()
         finally:
-            self._manager.close()
+            self.manager.close()
 
     def assert_calm(self) -> None:
         """It runs, if it was started, and has printed nothing that a user should not see."""

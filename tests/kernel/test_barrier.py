@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from tests.kernel.sandbox import Sandbox
 
 WRITERS = 3
 SYNCS = 10
+
+ARRIVALS = 500
 
 # Creates files for ever; the last one that is there for certain is the number in the shared counter.
 WRITER = """
@@ -73,6 +76,20 @@ def test_no_file_that_was_there_before_sync_is_missing_from_the_log(
 def _read(counter: bytes) -> int:
     with open(counter, "rb") as file:
         return int(file.read() or b"-1")
+
+
+@pytest.mark.parametrize("backend", ["fanotify", "inotify"])
+def test_all_that_is_in_a_directory_that_came_in_is_in_the_log(sandbox: Sandbox, daemon: Daemon, backend: str) -> None:
+    daemon.configure(sources={"backend": backend})
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    for number in range(ARRIVALS):
+        os.mkdir(os.path.join(sandbox.directory(b"outside/%d" % number), b"deep"))
+    for number in range(ARRIVALS):
+        os.rename(sandbox.path(b"outside/%d" % number), sandbox.path(b"low/%d" % number))
+    assert daemon.sync(merged) == []
+    daemon.kill()  # lest it goes on to write what had been promised
+    assert {f"{number}/deep" for number in range(ARRIVALS)} <= daemon.changed()
 
 
 def test_a_deadline_of_nothing_is_over_at_once(sandbox: Sandbox, daemon: Daemon) -> None:

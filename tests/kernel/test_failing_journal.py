@@ -135,3 +135,25 @@ def test_a_daemon_does_not_start_without_a_journal(sandbox: Sandbox, daemon: Dae
     status, said = daemon.fails()
     assert status == 1
     assert "No space left on device" in said
+
+
+def test_whoever_is_killed_while_nothing_is_recorded_is_not_taken_for_one_who_missed_nothing(
+    sandbox: Sandbox, daemon: Daemon, small_disk: bytes
+) -> None:
+    daemon.manager.keeps = True
+    merged = sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert daemon.sync(merged) == []
+    fill(small_disk + b"/ballast")
+    number = 0
+    while state(daemon)[0] == "ok":
+        number += 1
+        write(sandbox.path(b"low/%d" % number))
+    daemon.kill()
+    daemon.manager.forget()
+    os.unlink(small_disk + b"/ballast")
+    daemon.start()
+    assert daemon.sync(merged) == []
+    assert {str(one) for one in range(1, number + 1)} <= daemon.changed()
+    [*_, desync] = of_type(daemon.log(), "desync")
+    assert desync["reason"] == "restart"

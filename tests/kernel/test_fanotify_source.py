@@ -287,6 +287,19 @@ def test_a_tree_moved_in_and_renamed_before_anybody_looked_is_told_for_a_scan(
     assert batch.moved_in == (MovedIn("base", b"final"),)
 
 
+def test_what_came_out_of_a_tree_before_or_after_that_was_moved_in_is_told_for_a_scan(
+    place: Path, root: Path, watch: Watch
+) -> None:
+    (place / "outside/before/deep").mkdir(parents=True)
+    (place / "outside/after/deep").mkdir(parents=True)
+    source = watch(root)
+    (place / "outside/before").rename(root / "before")
+    (place / "outside").rename(root / "tree")
+    (root / "tree/after").rename(root / "after")
+    found = {moved for batch in batches(source) for moved in batch.moved_in}
+    assert found == {MovedIn("base", b"before"), MovedIn("base", b"tree"), MovedIn("base", b"after")}
+
+
 def test_a_file_moved_in_needs_no_scan(place: Path, root: Path, watch: Watch) -> None:
     (place / "file").touch()
     source = watch(root)

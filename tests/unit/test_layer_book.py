@@ -15,6 +15,7 @@ import pytest
 from watchd.config.schema import Sources
 from watchd.errors import UnsupportedError
 from watchd.overlay.model import LayerDirectory, View
+from watchd.service.fdstore import FdStore
 from watchd.service.layer import Layer
 from watchd.service.layers import LayerBook
 from watchd.service.names import NameBook
@@ -94,6 +95,7 @@ class Book(LayerBook):
             settings=Sources(backend="inotify"),
             barrier_directory=directory,
             names=NameBook({}),
+            store=FdStore({}, epoch="", last_seq=0, is_there=False),
             on_round=print,
         )
         self.sources: list[ObedientSource] = []

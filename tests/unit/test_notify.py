@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from watchd.service.notify import notify, reloading, watchdog_interval_s
+from watchd.service.notify import has_manager, inherited, notify, reloading, watchdog_interval_s
 
 
 @pytest.fixture
@@ -37,6 +37,44 @@ def test_an_abstract_address_is_understood(manager: socket.socket, monkeypatch: 
     assert manager.recv(4096) == b"WATCHDOG=1"
 
 
+def test_descriptors_are_handed_over(manager: socket.socket, address: str) -> None:
+    reader, writer = os.pipe()
+    notify(FDSTORE=1, FDNAME="pipe", descriptors=[writer])
+    os.close(writer)
+    message, [copy], _, _ = socket.recv_fds(manager, 4096, 4)
+    assert message == b"FDSTORE=1\nFDNAME=pipe"
+    os.write(copy, b"x")
+    assert os.read(reader, 1) == b"x"
+    os.close(copy)
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("pid", "count", "names", "found"),
+    [
+        (None, "2", "one:two", {"one": [3], "two": [4]}),
+        (None, "3", "one:two:one", {"one": [3, 5], "two": [4]}),
+        (None, "2", "one", {"one": [3], "": [4]}),
+        (None, "2", "", {"": [3, 4]}),
+        (None, "", "one", {}),
+        (None, "-1", "one", {}),
+        (1, "2", "one:two", {}),
+    ],
+)
+def test_what_the_manager_passes_is_found_by_name_and_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch, pid: int | None, count: str, names: str, found: dict[str, list[int]]
+) -> None:
+    secluded: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "set_inheritable", lambda descriptor, yes: secluded.append((descriptor, yes)))
+    monkeypatch.setenv("LISTEN_PID", str(pid or os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", count)
+    monkeypatch.setenv("LISTEN_FDNAMES", names)
+    assert inherited() == found
+    assert sorted(secluded) == sorted((descriptor, False) for group in found.values() for descriptor in group)
+    assert not {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} & os.environ.keys()
+    assert inherited() == {}
+
+
 def test_a_reload_tells_when_it_began(manager: socket.socket, address: str) -> None:
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     reloading()
@@ -47,6 +85,7 @@ def test_a_reload_tells_when_it_began(manager: socket.socket, address: str) -> N
 
 def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not has_manager()
     notify(READY=1)
     monkeypatch.setenv("NOTIFY_SOCKET", "")
     notify(READY=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import Iterable, Set
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Barriers:
     def __init__(self, directory: Path) -> None:
         """`directory` is watched by every source and empty."""
         self.directory = directory
-        self._tokens = itertools.count(1)
+        # An event of the process before this one may be read by us, and must not be taken for one of ours.
+        self._tokens = itertools.count(time.monotonic_ns())
         self._waiting: dict[bytes, tuple[set[Worker], asyncio.Event]] = {}
 
     async def wait(self, workers: Set[Worker]) -> None:

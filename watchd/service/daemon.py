@@ -41,12 +41,13 @@ from watchd.records import Action, Damage, Start, Stop
 from watchd.service import logs, preflight
 from watchd.service.consumers import Consumers
 from watchd.service.control import ControlServer
+from watchd.service.fdstore import FdStore
 from watchd.service.hooks import HookBook, tell_missing_programs
 from watchd.service.keeper import JournalKeeper
 from watchd.service.layers import RETRY_S, LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
-from watchd.service.notify import notify, reloading, watchdog_interval_s
+from watchd.service.notify import close_unused, has_manager, inherited, notify, reloading, watchdog_interval_s
 from watchd.service.patience import in_thread
 from watchd.service.stalelog import StaleLog
 from watchd.service.status import all_cursors, mounts_status, snapshot, state_of, status
@@ -80,7 +81,9 @@ the time that a repair takes."""
 class Daemon:
     """One run of the service. Lives in the event loop's thread."""
 
-    def __init__(self, loaded: Loaded, config_file: Path | None) -> None:
+    def __init__(self, loaded: Loaded, config_file: Path | None, inherited: dict[str, list[int]]) -> None:
+        """Takes over the descriptors that were inherited, as far as it knows what they are."""
+        self._inherited = inherited
         self._config, self._config_file = loaded.config, config_file
         self._metrics = Metrics()
         self._stop = asyncio.Event()
@@ -112,6 +115,11 @@ class Daemon:
         )
         self._indexer.start()
         stack.push_async_callback(in_thread, self._indexer.close, name="end")
+        self._store = FdStore(
+            self._inherited, epoch=self._journal.epoch, last_seq=self._journal.last_seq, is_there=has_manager()
+        )
+        stack.callback(self._store.close)  # after the last commit
+        close_unused(self._inherited)
         stack.push_async_callback(self._close_journal)
         self._consumers = Consumers(self._journal, config.state_directory)
         self._cursors = Cursors(config.state_directory / DIRECTORY)
@@ -137,6 +145,7 @@ class Daemon:
             settings=config.sources,
             barrier_directory=preflight.barrier_directory(config.runtime_directory),
             names=names,
+            store=self._store,
             on_round=self._record_round,
         )
         self._mounts = MountBook(
@@ -157,6 +166,7 @@ class Daemon:
         self._tell_unused()
         tell_missing_programs(config)
         await self._mounts.refresh()
+        self._layers.go_on()
         self._control = ControlServer(
             config.runtime_directory,
             {
@@ -315,6 +325,7 @@ class Daemon:
         return Damage(time.time_ns(), round.target.device, round.target.mount_point, entry.path, entry.reason)
 
     def _committed(self, commit: Commit) -> None:
+        self._store.committed(self._journal.durable_seq)
         self._metrics.append_duration.observe(commit.append_s)
         self._metrics.sync_duration.observe(commit.sync_s)
         self._consumers.committed()
@@ -459,6 +470,7 @@ class Daemon:
 
 def run(config_file: Path | None) -> None:
     """The daemon, until it is told to stop. Raises WatchdError if it cannot start or its journal fails."""
+    passed = inherited()  # before anything is begun that would pass them on
     config_file = config_file and config_file.absolute()  # it is read again after the chdir
     loaded = load(config_file)
     config = loaded.config
@@ -473,13 +485,13 @@ def run(config_file: Path | None) -> None:
     lock = preflight.lock_runtime(config.runtime_directory)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        asyncio.run(_main(loaded, config_file))
+        asyncio.run(_main(loaded, config_file, passed))
     finally:
         os.close(lock)
 
 
-async def _main(loaded: Loaded, config_file: Path | None) -> None:
-    await Daemon(loaded, config_file).run()
+async def _main(loaded: Loaded, config_file: Path | None, passed: dict[str, list[int]]) -> None:
+    await Daemon(loaded, config_file, passed).run()
 
 
 def _sync_arguments(request: Mapping[str, Any]) -> tuple[list[str], float]:

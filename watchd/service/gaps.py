@@ -9,6 +9,7 @@ All methods run in the event loop's thread where nothing else is said.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -65,10 +66,15 @@ class Gaps:
         self._untold: set[str] = set()
         """Layers whose desync could not be recorded."""
 
-    def began(self, layer: Layer, started_ns: int) -> None:
-        """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it."""
+    def began(self, layer: Layer, started_ns: int, *, unbroken: bool = False) -> None:
+        """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it, unless
+        everything that the journal does not know is still to be read (`unbroken`)."""
         mark = self._marks.get(layer.name)
-        if layer.desync_seq or (mark is not None and mark.path == layer.directory.path):
+        if unbroken and mark is not None and not mark.open_desync:
+            layer.complete_ns = mark.complete_until_ns
+            layer.become("live")
+            log.info("layer %s: nothing was missed since the restart", layer.name)
+        elif layer.desync_seq or (mark is not None and mark.path == layer.directory.path):
             if not layer.desync_seq and mark is not None:
                 layer.complete_ns, layer.desync_seq = mark.complete_until_ns, mark.open_desync
             self.desync(layer, "restart")
@@ -163,9 +169,23 @@ class Gaps:
             else:
                 self._recover(layer)
 
-    def moved_in(self, layer: Layer, worker: Worker, moved: MovedIn) -> None:
-        """Tell of everything in a directory that came with contents."""
-        worker.scan(everything_below(layer.watched, moved.path), partial(self._found, layer), _ignore)
+    def moved_in(self, layer: Layer, worker: Worker, moved: MovedIn, done: Callable[[], None]) -> None:
+        """Tell of everything in a directory that came with contents, and then that it is `done`."""
+        arrival: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        layer.arrivals.add(arrival)
+
+        def arrived() -> None:
+            if arrival in layer.arrivals:
+                layer.arrivals.remove(arrival)
+                arrival.set_result(None)
+            done()
+
+        def ended(error: Exception | None) -> None:
+            if error is not None and not isinstance(error, LayerError):
+                log.warning("a directory that was moved in could not be scanned: %s", error)
+            self._intake.call(arrived)
+
+        worker.scan(everything_below(layer.watched, moved.path), partial(self._found, layer), ended)
 
     def _recover(self, layer: Layer) -> None:
         """Find what was missed: the source first, so that nothing falls between, then a scan."""
@@ -215,8 +235,3 @@ class Gaps:
         layer.desync_seq = layer.differences = 0
         layer.become("live")
         self.note_marks()
-
-
-def _ignore(error: Exception | None) -> None:
-    if error is not None and not isinstance(error, LayerError):
-        log.warning("a directory that was moved in could not be scanned: %s", error)

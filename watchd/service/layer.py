@@ -46,6 +46,8 @@ class Layer:
     """When that began; CLOCK_MONOTONIC, seconds."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while nothing is missing that could be had: live or failed."""
+    arrivals: set[asyncio.Future[None]] = field(default_factory=set)
+    """Directories that came in with contents, until all in them was told or nobody is left to tell it."""
 
     def become(self, state: str, reason: str = "") -> None:
         """Change the state."""
@@ -54,6 +56,12 @@ class Layer:
             self.settled.set()
         else:
             self.settled.clear()
+
+    def lose_worker(self) -> None:
+        """No source watches it any more."""
+        self.worker = None
+        while self.arrivals:
+            self.arrivals.pop().set_result(None)
 
     def waiting(self, *, longer_than_s: float = STUCK_S) -> Waiting | None:
         """Since when its filesystem gives no answer."""

@@ -3,6 +3,9 @@
 A layer's life: adopted (a source watches it from now on) -> live; what its records may be missing is the part of
 `watchd.service.gaps`.
 
+A fanotify group that the process before this one has left (`watchd.service.fdstore`) is read on when all layers that are there
+were adopted, and those of which nothing was missed are live at once.
+
 All methods run in the event loop's thread where nothing else is said. What the workers tell arrives there in the order in which
 it happened (`watchd.service.intake`).
 """
@@ -21,19 +24,21 @@ from pathlib import Path
 from watchd.coherence.engine import Engine
 from watchd.coherence.round import Round
 from watchd.config.schema import Sources
-from watchd.errors import LayerError, UnsupportedError, WatchdError
+from watchd.errors import JournalError, LayerError, UnsupportedError, WatchdError
 from watchd.journal.writer import Journal
 from watchd.kernel.filesystems import OVERLAYFS_SUPER_MAGIC
 from watchd.metrics import Metrics
 from watchd.overlay.model import LayerDirectory
 from watchd.service.barriers import Barriers
+from watchd.service.fdstore import FdStore, KeptGroup
 from watchd.service.gaps import Gaps
 from watchd.service.intake import Intake, suspects_of
 from watchd.service.layer import Key, Layer, key_of
+from watchd.service.ledger import Purpose, Receipt
 from watchd.service.names import NameBook
 from watchd.service.patience import LIMIT_S, in_thread
 from watchd.sources.base import Batch, MovedIn, Source, WatchedLayer
-from watchd.sources.fanotify import FanotifySource
+from watchd.sources.fanotify import FanotifySource, event_mask, group_flags
 from watchd.sources.inotify import InotifySource
 from watchd.sources.worker import Worker
 
@@ -58,12 +63,13 @@ class LayerBook:
         settings: Sources,
         barrier_directory: Path,
         names: NameBook,
+        store: FdStore,
         on_round: Callable[[Round], None],
     ) -> None:
         """`on_round` is told, in the loop's thread, of rounds that were worked on while their changes were collected."""
         self.settings = settings
         self.layers: dict[Key, Layer] = {}
-        self._metrics, self._names = metrics, names
+        self._journal, self._metrics, self._names, self._store = journal, metrics, names, store
         self._intake = Intake(journal, engine, metrics, on_round=on_round)
         self._gaps = Gaps(
             journal,
@@ -80,6 +86,10 @@ class LayerBook:
         """Asked to watch a layer just now, so not to be discarded though no layer has them yet."""
         self._ending: set[asyncio.Task[None]] = set()
         """Workers that are not needed any more, until they have ended."""
+        self._kept: dict[Worker, KeptGroup] = {}
+        """Those whose group outlives us."""
+        self._entering: set[asyncio.Task[None]] = set()
+        self._closing = False
         self._loop = asyncio.get_running_loop()
 
     # ---- layers that come and go ------------------------------------------------------------------------------------
@@ -127,26 +137,44 @@ class LayerBook:
 
     def journal_lost(self) -> None:
         """Nothing is recorded any more."""
+        self._store.journal_lost()
         self._gaps.journal_lost()
 
     def journal_back(self) -> None:
         """It is again, and what was not is looked for."""
         self._intake.forget_sequences()
         self._gaps.journal_back()
+        self._store.journal_back(self._journal.epoch)
+        for layer in self.layers.values():
+            if layer.worker is not None:
+                self._remember(layer, layer.worker)
+
+    def go_on(self) -> None:
+        """All layers that are there now were adopted: read what was left from before. Whatever comes later is as after any
+        restart."""
+        self._store.discard_unclaimed()
+        for worker, kept in self._kept.items():
+            if kept.is_resumed:
+                kept.is_resumed = False
+                kept.ledger.keep([layer.name for layer in self._layers_of(worker)])
+                worker.release()
 
     async def close(self) -> None:
-        """Collect what is queued, note how far every layer is complete and end all workers."""
+        """Collect what is queued, note how far every layer is complete and end all workers; kept groups go on hearing."""
         answering = {layer.worker for layer in self.layers.values() if layer.worker and not layer.waiting()}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._barriers.wait(answering)
+        self._closing = True
         self._intake.close()
-        self._gaps.note_marks()
         attempts = [layer.watching for layer in self.layers.values() if layer.watching is not None]
-        for layer in self.layers.values():
-            self._unwatch(layer)
-        await asyncio.gather(*attempts, return_exceptions=True)
-        await asyncio.gather(*self._ending)
+        for attempt in (*attempts, *self._entering):
+            attempt.cancel()
+        await asyncio.gather(*attempts, *self._entering, return_exceptions=True)
+        # No layer is taken from its source before it has ended: that would read what happens until then for nothing.
+        await asyncio.gather(*(in_thread(worker.stop, name="end") for worker in self._workers.values()), *self._ending)
+        self.take_in()
+        self._gaps.note_marks()
 
     async def rewatch(self, settings: Sources) -> None:
         """Use other settings for all sources from now on."""
@@ -172,7 +200,8 @@ class LayerBook:
         started_ns = time.time_ns()
         for backend in self._candidates(layer):
             try:
-                layer.worker = await self._start(layer, self._worker(backend, layer))
+                worker = self._worker(backend, layer)
+                unbroken = await self._start(layer, worker)
             except UnsupportedError as error:
                 layer.become("failed", str(error))
                 if layer.directory.magic == OVERLAYFS_SUPER_MAGIC:
@@ -181,25 +210,52 @@ class LayerBook:
                 layer.become("failed", str(error))
                 break
             else:
-                self._gaps.began(layer, started_ns)
+                layer.worker = worker
+                self._gaps.began(layer, started_ns, unbroken=unbroken)
+                self._remember(layer, worker)
                 return
         layer.retry_at = time.monotonic() + RETRY_S
         if layer.directory.magic != OVERLAYFS_SUPER_MAGIC:  # the mount book knows better
             log.warning("layer %s cannot be watched: %s", layer.name, layer.reason)
 
-    async def _start(self, layer: Layer, worker: Worker) -> Worker:
-        """Have the worker watch the layer. Raises as `Source.add`."""
+    async def _start(self, layer: Layer, worker: Worker) -> bool:
+        """Have the worker watch the layer; whether it was heard all the time while no process was there. Raises as
+        `Source.add`."""
+        kept, source = self._kept.get(worker), worker.source
+        resumes = kept is not None and kept.is_resumed and kept.ledger.remembers(layer.watched)
+        watch = source.resume if resumes and isinstance(source, FanotifySource) else source.add
         self._starting.append(worker)
         try:
-            await asyncio.wrap_future(worker.submit(partial(worker.source.add, layer.watched)))
+            unbroken = await asyncio.wrap_future(worker.submit(partial(watch, layer.watched)))
         except asyncio.CancelledError:
-            worker.submit(partial(worker.source.remove, layer.name))  # when it is done adding it
+            self._forget(layer, worker)
+            worker.submit(partial(source.remove, layer.name))  # when it is done adding it
+            raise
+        except Exception:
+            self._forget(layer, worker)
             raise
         finally:
             self._starting.remove(worker)
         if worker.is_broken:  # its loss may have been told before it was the layer's
             raise LayerError("its source was lost as soon as it was there")
-        return worker
+        return bool(unbroken) and kept is not None and kept.is_resumed
+
+    def _remember(self, layer: Layer, worker: Worker) -> None:
+        """Have the layer's group outlive us, as soon as the journal says what may be missing of the layer."""
+        if (kept := self._kept.get(worker)) is not None:
+            entering = self._loop.create_task(self._enter(layer, worker, kept))
+            self._entering.add(entering)
+            entering.add_done_callback(self._entering.discard)
+
+    async def _enter(self, layer: Layer, worker: Worker, kept: KeptGroup) -> None:
+        with contextlib.suppress(JournalError):
+            await self._journal.flush()
+            if layer.worker is worker:
+                self._store.enter(kept, worker.source.fileno(), layer.watched)
+
+    def _forget(self, layer: Layer, worker: Worker) -> None:
+        if (kept := self._kept.get(worker)) is not None:
+            kept.ledger.leave(layer.name)
 
     def _candidates(self, layer: Layer) -> Sequence[str]:
         wanted = self.settings.backend if layer.backend == "auto" else layer.backend
@@ -210,19 +266,41 @@ class LayerBook:
         key: object = (backend, layer.directory.device if backend == "fanotify" else layer.name)
         worker = self._workers.get(key)
         if worker is None:
-            worker = self._workers[key] = Worker(self._source(backend), self, name=f"{backend} {layer.name}")
+            name = f"{backend} {layer.name}"
+            if backend == "fanotify":
+                worker = self._fanotify_worker(layer.directory.device, name=name)
+            else:
+                worker = Worker(self._source(backend), self, name=name)
+            self._workers[key] = worker
             worker.start()
         return worker
 
-    def _source(self, backend: str) -> Source:
-        barrier = os.fsencode(self._barriers.directory)
-        if backend == "fanotify":
-            return FanotifySource(
-                barrier_directory=barrier,
-                content=self.settings.content,
-                unlimited_queue=self.settings.queue == "unlimited",
+    def _fanotify_worker(self, device: int, *, name: str) -> Worker:
+        """Goes on with the group that was left from before, if there is one."""
+        content, unlimited = self.settings.content, self.settings.queue == "unlimited"
+        purpose = Purpose(device, group_flags(unlimited_queue=unlimited), event_mask(content=content))
+        kept = self._store.claim(purpose)
+        try:
+            source = FanotifySource(
+                barrier_directory=os.fsencode(self._barriers.directory),
+                content=content,
+                unlimited_queue=unlimited,
+                inherited=kept.descriptor if kept is not None else None,
+                unrecorded=kept.unrecorded if kept is not None else (),
             )
+        except BaseException:
+            if kept is not None:
+                self._store.give_up(kept)
+            raise
+        worker = Worker(source, self, name=name, held=kept is not None)
+        kept = kept or self._store.create(purpose)
+        if kept is not None:
+            source.ledger, self._kept[worker] = kept.ledger, kept
+        return worker
+
+    def _source(self, backend: str) -> Source:
         if backend == "inotify":
+            barrier = os.fsencode(self._barriers.directory)
             return InotifySource(barrier_directory=barrier, content=self.settings.content)
         raise UnsupportedError(
             f"the backend {backend} is not part of this version", remedy="choose fanotify or inotify"
@@ -233,18 +311,24 @@ class LayerBook:
             layer.watching.cancel()
             layer.watching = None
         if layer.worker is not None:
-            worker, layer.worker = layer.worker, None
+            worker = layer.worker
+            layer.lose_worker()
+            self._forget(layer, worker)
             worker.submit(partial(worker.source.remove, layer.name))
         self._discard_unused()
 
     def _discard_unused(self) -> None:
-        """End workers that no layer has; nobody waits for them but the end of the daemon."""
+        """End workers that no layer has; nobody waits for them but the end of the daemon, which ends all."""
+        if self._closing:
+            return
         used = {*self._starting, *(layer.worker for layer in self.layers.values())}
         unused = [(key, worker) for key, worker in self._workers.items() if worker not in used]
         for key, _ in unused:
             del self._workers[key]
         self._barriers.keep(self._workers.values())
         for _, worker in unused:
+            if (kept := self._kept.pop(worker, None)) is not None:
+                self._store.discard(kept, worker.source.fileno())
             ending = self._loop.create_task(in_thread(worker.stop, name="end"))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
@@ -253,7 +337,7 @@ class LayerBook:
 
     def batch(self, worker: Worker, batch: Batch) -> None:
         """See `watchd.sources.worker.Sink`."""
-        intake = self._intake
+        intake, kept = self._intake, self._kept.get(worker)
         if batch.overflow:
             intake.call(self._overflowed, worker)
         number = intake.next_number()
@@ -266,8 +350,7 @@ class LayerBook:
         if batch.changes or batch.complete_ns:
             intake.call(self._record, number, worker, batch)
         intake.worked(rounds)
-        for moved in batch.moved_in:
-            intake.call(self._scan_moved_in, worker, moved)
+        intake.call(self._recorded, worker, batch.moved_in, kept.ledger.told() if kept is not None else 0)
         if batch.barriers:
             intake.call(self._barriers.reached, worker, batch.barriers)
 
@@ -301,23 +384,35 @@ class LayerBook:
         # What was lost may have been the event of a barrier; whoever waits for it waits for the scan now.
         self._barriers.reached_all(worker)
 
-    def _scan_moved_in(self, worker: Worker, moved: MovedIn) -> None:
-        for layer in self._layers_of(worker):
-            if layer.name == moved.layer:
-                self._gaps.moved_in(layer, worker, moved)
+    def _recorded(self, worker: Worker, moved_in: Sequence[MovedIn], reading: int) -> None:
+        """All that came of the readings up to this one was given to the journal, but for what came with directories."""
+        scans = [(layer, moved) for moved in moved_in for layer in self._layers_of(worker) if layer.name == moved.layer]
+        kept, receipt = self._kept.get(worker), None
+        if kept is not None and not self._journal.failure:
+            receipt = kept.ledger.recorded(reading, upto=self._journal.last_seq, scans=len(scans))
+        for layer, moved in scans:
+            self._gaps.moved_in(layer, worker, moved, partial(self._scanned, kept, receipt))
+        self._store.committed(self._journal.durable_seq)
+
+    def _scanned(self, kept: KeptGroup | None, receipt: Receipt | None) -> None:
+        """One of the directories that came with a reading was looked through."""
+        if kept is not None and receipt is not None:
+            kept.ledger.scanned(receipt, self._journal.last_seq)
+            self._store.committed(self._journal.durable_seq)
 
     def _source_lost(self, worker: Worker, error: Exception) -> None:
-        log.warning("a source was lost: %s", error)
+        if not self._closing:
+            log.warning("a source was lost: %s", error)
         for layer in self._layers_of(worker):
             self._gaps.desync(layer, "source-lost")
-            layer.worker = None
+            layer.lose_worker()
             layer.become("failed", str(error))
             layer.retry_at = 0.0
         self._discard_unused()
 
     def _unreadable(self, layer: Layer, error: Exception) -> None:
         """A scan of the layer failed."""
-        layer.worker = None
+        layer.lose_worker()
         layer.become("failed", str(error))
         layer.retry_at = time.monotonic() + RETRY_S
         self._discard_unused()
@@ -335,6 +430,8 @@ class LayerBook:
         """Returns when everything that the layers' sources had queued before the call was recorded and handed on."""
         await self._barriers.wait({layer.worker for layer in layers if layer.worker is not None})
         for layer in layers:
+            if layer.arrivals:
+                await asyncio.wait(set(layer.arrivals))
             await layer.settled.wait()
 
     def _layers_of(self, worker: Worker) -> list[Layer]:

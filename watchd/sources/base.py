@@ -6,6 +6,7 @@ filesystem that it watches. It keeps nothing open on that filesystem while it is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +37,17 @@ class MovedIn:
 
     layer: str
     path: bytes
+
+
+class Ledger:
+    """Told of each reading of a queue that may outlive the process; nobody wants to know of the others."""
+
+    def read(self, descriptor: int, size: int) -> bytes:
+        """read(2). What was read can be had again until all that comes of it was recorded. Raises OSError."""
+        return os.read(descriptor, size)
+
+    def nothing(self) -> None:
+        """Nothing comes of what was read and not told yet."""
 
 
 Suspects = Mapping[str, Mapping[bytes, int]]

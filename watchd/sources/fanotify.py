@@ -19,13 +19,14 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from watchd.errors import LayerError, UnsupportedError
 from watchd.kernel import fanotify as fan
 from watchd.kernel.files import FileHandle, name_to_handle_at, open_by_handle_at
 from watchd.records import Change, Kind
-from watchd.sources.base import Batch, MovedIn, WatchedLayer
+from watchd.sources.base import Batch, Ledger, MovedIn, WatchedLayer
 from watchd.sources.look import SELF, Place, Touch, look
 from watchd.sources.mute import Mutes
 from watchd.sources.tree import DirectoryTree
@@ -61,16 +62,26 @@ class FanotifySource:
 
     backend = "fanotify"
 
-    def __init__(self, *, barrier_directory: bytes | None, content: bool, unlimited_queue: bool) -> None:
-        """Raises UnsupportedError where the kernel lacks a feature, OSError (EPERM, EMFILE) otherwise."""
-        flags = fan.FAN_REPORT_DFID_NAME_TARGET | (fan.FAN_UNLIMITED_QUEUE if unlimited_queue else 0)
-        try:
-            self._group = fan.fanotify_init(flags)
-        except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                raise UnsupportedError(f"fanotify with names and targets is not available: {error.strerror}") from None
-            raise
-        self._mask = STRUCTURE_MASK | (CONTENT_MASK if content else 0)
+    def __init__(
+        self,
+        *,
+        barrier_directory: bytes | None,
+        content: bool,
+        unlimited_queue: bool,
+        inherited: int | None = None,
+        unrecorded: Sequence[bytes] = (),
+    ) -> None:
+        """`inherited`: a group of an earlier process with the same `group_flags` and `event_mask`; it is taken over.
+        `unrecorded`: what that process has read from it, to be told once more.
+
+        Raises UnsupportedError where the kernel lacks a feature, OSError (EPERM, EMFILE) otherwise."""
+        self._group = _new_group(group_flags(unlimited_queue=unlimited_queue)) if inherited is None else inherited
+        if inherited is not None:
+            # What that process had muted, and where its barriers were.
+            fan.fanotify_mark(self._group, fan.FAN_MARK_FLUSH, 0)
+        self._mask = event_mask(content=content)
+        self.ledger = Ledger()
+        self._unrecorded = unrecorded
         self._layers: dict[str, WatchedLayer] = {}
         self._opened: list[int] = []
         self._tree = DirectoryTree(self._anchors)
@@ -78,7 +89,7 @@ class FanotifySource:
         self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
         self._kinds: dict[int, int] = {}
         self._knows_commands = shows_our_ids()
-        self.is_catching_up = False
+        self.is_catching_up = inherited is not None
         """What is read may have waited for so long that its processes' ids are others' by now; until the queue was emptied."""
 
     def fileno(self) -> int:
@@ -101,6 +112,16 @@ class FanotifySource:
         self._tree.add_root(layer.root.pack(), layer.name)
         self.mutes.clear()  # any of them may lie in this layer
 
+    def resume(self, layer: WatchedLayer) -> bool:
+        """The same for a layer that an inherited group has; whether that has heard its filesystem until now."""
+        mount = layer.open_mount()
+        try:
+            is_marked = self._is_marked(mount)
+        finally:
+            os.close(mount)
+        self.add(layer)
+        return is_marked
+
     def remove(self, name: str) -> None:
         self._layers.pop(name, None)
         self._tree.remove_root(name)
@@ -117,13 +138,18 @@ class FanotifySource:
     def close(self) -> None:
         self.idle()
         os.close(self._group)
+        self.ledger = Ledger()  # lets go of the old one
 
     def collect(self) -> Batch | None:
         read_ns, now_ns = time.monotonic_ns(), time.time_ns()
         events = Events()
         emptied = self._read(events)
-        if not events.records:
-            return None
+        batch = self._batch(events, read_ns, now_ns, emptied=emptied) if events.records else None
+        if batch is None or batch.is_nothing:
+            self.ledger.nothing()
+        return batch
+
+    def _batch(self, events: Events, read_ns: int, now_ns: int, *, emptied: bool) -> Batch:
         commands = Commands() if self._knows_commands and not self.is_catching_up else None
         self.is_catching_up = self.is_catching_up and not emptied
         self._tree.begin()
@@ -169,10 +195,15 @@ class FanotifySource:
 
     def _read(self, events: Events) -> bool:
         """Read and merge what is queued; true if the queue was emptied."""
+        if self._unrecorded:
+            for data in self._unrecorded:
+                decode(data, events)
+            self._unrecorded = ()
+            return False
         taken, wanted = 0, FIRST_READ_BYTES
         while taken < BATCH_BYTES:
             try:
-                data = os.read(self._group, wanted)
+                data = self.ledger.read(self._group, wanted)
             except BlockingIOError:
                 return True
             decode(data, events)
@@ -201,15 +232,19 @@ class FanotifySource:
         return tuple(found)
 
     def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
-        found = []
-        for handle, old in moved:
-            # A root brings nothing into its own layer.
-            places = [place for place in self._tree.places(handle) if place.path]
-            if not places:
-                continue
-            came_from = {place.layer for place in self._tree.places(file_handle(split(old)[0]))} if old else set()
-            found += [MovedIn(place.layer, place.path) for place in places if place.layer not in came_from]
-        return found
+        """Those directories that came into a layer. Where the one that they came from is now need not be where it was then:
+        it may have come in after them."""
+        found: dict[MovedIn, None] = {}
+        before = -1
+        while before < len(found):
+            before = len(found)
+            for handle, old in moved:
+                came_from = self._tree.places(file_handle(split(old)[0])) if old else ()
+                for place in self._tree.places(handle):
+                    # A root brings nothing into its own layer.
+                    if place.path and not any(_was_there(parent, place.layer, found) for parent in came_from):
+                        found[MovedIn(place.layer, place.path)] = None
+        return list(found)
 
     def _hear_again(self, moved_in: list[MovedIn], linked: set[str]) -> list[MovedIn]:
         """Lift the marks of what is near a layer now; returns what of it nobody else is going to scan."""
@@ -290,6 +325,15 @@ class FanotifySource:
             os.close(narrower)
         self._opened.append(anchor)
 
+    def _is_marked(self, mount: int) -> bool:
+        """Whether the group hears the filesystem of this mount. To take an event from a mark that it does not ask for changes
+        nothing, and fails where there is no mark."""
+        try:
+            fan.fanotify_mark(self._group, fan.FAN_MARK_REMOVE | fan.FAN_MARK_FILESYSTEM, fan.FAN_OPEN, dirfd=mount)
+        except FileNotFoundError:
+            return False
+        return True
+
     def _mark_barrier(self, directory: bytes) -> bytes:
         """Mark the barrier directory; returns its key as it stands in records."""
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -301,6 +345,30 @@ class FanotifySource:
             return fsid.to_bytes(8, "little") + name_to_handle_at(descriptor).pack()
         finally:
             os.close(descriptor)
+
+
+def group_flags(*, unlimited_queue: bool) -> int:
+    """How a source makes its group, for fanotify_init(2)."""
+    return fan.FAN_REPORT_DFID_NAME_TARGET | (fan.FAN_UNLIMITED_QUEUE if unlimited_queue else 0)
+
+
+def event_mask(*, content: bool) -> int:
+    """What a source asks to be told of."""
+    return STRUCTURE_MASK | (CONTENT_MASK if content else 0)
+
+
+def _new_group(flags: int) -> int:
+    try:
+        return fan.fanotify_init(flags)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            raise UnsupportedError(f"fanotify with names and targets is not available: {error.strerror}") from None
+        raise
+
+
+def _was_there(place: Place, layer: str, moved_in: Iterable[MovedIn]) -> bool:
+    """Whether a directory that is in a layer now is there since before."""
+    return place.layer == layer and not any(one.layer == layer and _is_in(place.path, one.path) for one in moved_in)
 
 
 def _is_in(path: bytes, directory: bytes) -> bool:

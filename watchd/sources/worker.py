@@ -64,15 +64,18 @@ class _Scan:
 class Worker(threading.Thread):
     """Runs one source. `submit`, `scan` and `stop` may be called from any thread."""
 
-    def __init__(self, source: Source, sink: Sink, *, name: str) -> None:
+    def __init__(self, source: Source, sink: Sink, *, name: str, held: bool = False) -> None:
+        """`held`: nothing is to be collected before `release`."""
         super().__init__(name=name, daemon=True)
         self.source = source
         self._sink = sink
         self._work: deque[Callable[[], None]] = deque()
         self._scans: deque[_Scan] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
         self._stopping = False
         self._broken = False
+        self._held = held
         self._unflushed_ns = 0
         self.busy_since = 0.0
         """When the step began that the thread is at, CLOCK_MONOTONIC in seconds; 0 while it rests."""
@@ -112,6 +115,10 @@ class Worker(threading.Thread):
             os.eventfd_write(self._wake, 1)
         return future
 
+    def release(self) -> None:
+        """Begin to collect, when all that was submitted before is done."""
+        self.submit(self._listen)
+
     def scan(
         self,
         slices: Generator[list[Change], None, object],
@@ -142,33 +149,40 @@ class Worker(threading.Thread):
             os.close(self._wake)  # else it hangs on its filesystem, and ends with the process
 
     def run(self) -> None:
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        poll.register(self.source.fileno(), select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+        if not self._held:
+            self._listen()
         try:
             while not self._stopping:
-                self._step(poll)
+                self._step()
         finally:
             self._run_work()  # whoever waits for an answer gets one
             for scan in self._scans:
                 scan.slices.close()
             self.source.close()
 
-    def _step(self, poll: select.poll) -> None:
+    def _listen(self) -> None:
+        if not self._broken:
+            self._poll.register(self.source.fileno(), select.POLLIN)
+        if self._held:  # there may be something to collect that is not in the kernel's queue
+            self._guard(self._collect)
+
+    def _step(self) -> None:
         self.rests()
-        ready = self._wait(poll)
+        ready = self._wait()
         self.busy_since = time.monotonic()
         if self._wake in ready:
             self._run_work()
         if not self._broken and self.source.fileno() in ready:
             self._guard(self._collect)
             if self._broken:
-                poll.unregister(self.source.fileno())
+                self._poll.unregister(self.source.fileno())
         if self._scans:  # even if events never stop
             self._continue_scan(self._scans[0])
 
-    def _wait(self, poll: select.poll) -> set[int]:
+    def _wait(self) -> set[int]:
         """Wait for something to do; on the way to a long sleep, flush and let go of what is open."""
+        poll = self._poll
         if self._scans:
             return {descriptor for descriptor, _ in poll.poll(0)}
         if self._unflushed_ns:

@@ -72,6 +72,14 @@ def split(key: bytes) -> tuple[bytes, bytes]:
     return key[:end], key[end:]
 
 
+def length_of(data: bytes | memoryview) -> int:
+    """How many bytes of events read(2) has put at the beginning of what were zeros."""
+    end, total = 0, len(data)
+    while end + METADATA_LEN <= total and (length := _u32.unpack_from(data, end)[0]):
+        end += length
+    return min(end, total)
+
+
 def by_directory(names: Mapping[bytes, int]) -> dict[bytes, list[tuple[bytes, int, bytes]]]:
     """`Events.names` by the key of the directory: name, value and key of each. What `split` does, for many."""
     directories: dict[bytes, list[tuple[bytes, int, bytes]]] = {}
