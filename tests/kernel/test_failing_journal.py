@@ -155,5 +155,5 @@ def test_whoever_is_killed_while_nothing_is_recorded_is_not_taken_for_one_who_mi
     daemon.start()
     assert daemon.sync(merged) == []
     assert {str(one) for one in range(1, number + 1)} <= daemon.changed()
-    [*_, desync] = of_type(daemon.log(), "desync")
-    assert desync["reason"] == "restart"
+    # None if it was killed before it had noticed itself: then what it had read is still to be had.
+    assert {record["reason"] for record in of_type(daemon.log(), "desync")} <= {"restart"}
