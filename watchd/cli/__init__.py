@@ -39,6 +39,7 @@ VERBS = {
     "log": "Journal records in order.",
     "changes": "What changed since a baseline.",
     "cursor": "Named positions in the journal.",
+    "journal": "Check every record of the journal, or repair it.",
     "config": "Check the configuration, or show it with its origins.",
     "reload": "Make the daemon read its configuration again.",
 }

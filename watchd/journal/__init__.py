@@ -4,9 +4,13 @@
     disk         all operations on files, in one place
     segments     segment files: names, creation, scanning
     state        what opening must know, carried along record by record
+    retention    which of the oldest segments go
     recovery     takes the journal as a crash left it to a journal that can be appended to
     writer       `Journal`: the one writer of a directory, with group commit
     reader       `read` and `Follower`: any number of readers, with or without a writer
+    salvage      pure: what can be saved of a damaged segment
+    verify       reads everything and says what is damaged
+    repair       makes a damaged journal whole again
     cursors      positions as people write them, and named ones
     directories  pure: which directories hold changes
     paths        pure: which paths changed, and how they are now

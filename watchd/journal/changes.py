@@ -51,7 +51,7 @@ class Changes(msgspec.Struct, frozen=True):
     """The baseline to ask from next time: everything up to here is in the answer."""
     fresh: bool
     """The answer may lack changes, so the consumer has to look at everything: the baseline is older than the journal, or
-    a desync of a layer that was asked for is not closed."""
+    a desync of a layer that was asked for is not closed, or damage has taken records behind it."""
     entries: tuple[PathEntry | DirectoryEntry, ...]
     """In order of layers and paths, so what is above a path comes before it. No path of a layer comes twice."""
 
@@ -161,7 +161,7 @@ def _look_up(index: Index, *, journal: Path, since: str, cursors: Cursors, asked
         return None
     seq = named.resolve(since, there, cursors)
     behind = max(seq, there.first_seq - 1)
-    fresh = seq + 1 < there.first_seq or state.is_open(asked.layers)
+    fresh = seq + 1 < there.first_seq or state.is_open(asked.layers) or state.last_lost > seq
     rows = _rows(index, tail.layers(), behind, asked)
     start = index.position(seq)
     if start and start.seq + 1 < there.first_seq:
@@ -242,7 +242,7 @@ class _Fold:
 
     def is_open(self) -> bool:
         """Whether changes that were asked for may be missing."""
-        return self._state.is_open(self._asked.layers)
+        return self._state.is_open(self._asked.layers) or self._state.last_lost > self._since
 
     def entries(self) -> Iterator[PathEntry | DirectoryEntry]:
         """The answer."""

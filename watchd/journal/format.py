@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -53,6 +53,8 @@ MAX_FRAME_BYTES: Final = 16 << 20
 MARK: Final = 0xD5F5
 """Its bytes f5 d5 can be part of no UTF-8 name."""
 SYNCED: Final = 1
+SEAL_BYTES: Final = 4 << 20
+"""A writer seals a segment again when it has grown by this."""
 NOTE: Final = 128
 
 _HEADER: Final = struct.Struct("<8sHH8sQqI")
@@ -60,8 +62,14 @@ _FRAME: Final = struct.Struct("<IIQHBB")
 _FRAME_AFTER_CRC: Final = struct.Struct("<IQHBB")
 HEADER_BYTES: Final = 40
 FRAME_HEADER_BYTES: Final = 20
+_MARK_OFFSET: Final = 16
+_FLAGS_OFFSET: Final = 19
 assert _HEADER.size == HEADER_BYTES
 assert _FRAME.size == FRAME_HEADER_BYTES == 4 + _FRAME_AFTER_CRC.size
+
+
+class OtherFormatError(JournalError):
+    """A good segment of another version. Nothing is wrong with it."""
 
 
 class LayerMark(msgspec.Struct, frozen=True, array_like=True):
@@ -82,6 +90,14 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """`time_ns` of the last record, 0 when there is none."""
     stopped: bool = False
     """Whether the last record is a `Stop`."""
+    every_layer: int = 0
+    """Sequence number of the last desync of every layer, or 0: it is open for a layer that is not in `layers` yet."""
+    lost: int = 0
+    """The last sequence number that damage has taken the record of, or 0."""
+    offset: int = 0
+    """Where the note begins in its segment, in one that seals what is before it; else 0."""
+    crc: int = 0
+    """crc32 of the segment's bytes before `offset`: if they have it, all of them are as they were written."""
 
 
 Entry = Record | Checkpoint
@@ -105,6 +121,8 @@ def _frame_types() -> dict[type, int]:
 FRAME_TYPES: Final = _frame_types()
 RECORD_TYPES: Final = {cls.__name__.lower(): number for cls, number in FRAME_TYPES.items() if number < NOTE}
 """`change`, `desync`, … to the type byte."""
+LOST_REASON: Final = "source-lost"
+"""A desync of every layer with this reason stands in the place of a record that was damaged."""
 assert FRAME_TYPES[Change] == CHANGE_TYPE
 assert FRAME_TYPES[Checkpoint] == CHECKPOINT_TYPE
 
@@ -140,7 +158,10 @@ def decode_header(data: bytes) -> SegmentHeader:
     if crc != zlib.crc32(data[: HEADER_BYTES - 4]):
         raise JournalError("its header's checksum does not match")
     if version != VERSION or flags:
-        raise JournalError(f"it has format {version}, flags {flags:#x}; this watchd reads format {VERSION} only")
+        raise OtherFormatError(
+            f"it has format {version}, flags {flags:#x}; this watchd reads format {VERSION} only",
+            remedy="use the watchd that wrote it",
+        )
     return SegmentHeader(epoch, first_seq, created_ns, crc)
 
 
@@ -167,6 +188,12 @@ def encode_frames(entries: Sequence[Entry], last_seq: int, *, seed: int, synced:
         add(crc32(body, seed).to_bytes(4, "little") + body)
         flags = 0
     return b"".join(parts)
+
+
+def reseed(frame: bytes, seed: int) -> bytes:
+    """The bytes of a good frame as they are in the segment whose header's checksum is `seed`."""
+    body = frame[4:]
+    return zlib.crc32(body, seed).to_bytes(4, "little") + body
 
 
 Frame = tuple[int, int, int, int]
@@ -208,29 +235,58 @@ def scan(buffer: bytes, last_seq: int, *, seed: int) -> Scan:
     return Scan(frames, position, FRAME_HEADER_BYTES + 1, "")
 
 
+def frame_at(buffer: bytes, start: int, *, seed: int) -> Frame | None:
+    """The frame that begins at `start`, if it is whole and its checksum matches; its number may be any."""
+    if start < 0 or len(buffer) - start <= FRAME_HEADER_BYTES:
+        return None
+    crc, length, seq, mark, number, _flags = _FRAME.unpack_from(buffer, start)
+    end = start + FRAME_HEADER_BYTES + length
+    if mark != MARK or not 0 < length <= MAX_FRAME_BYTES - FRAME_HEADER_BYTES or end > len(buffer):
+        return None
+    return (seq, number, start, end) if crc == zlib.crc32(buffer[start + 4 : end], seed) else None
+
+
+def next_frame(buffer: bytes, start: int, *, seed: int) -> Frame | None:
+    """The first good frame that begins at `start` or behind it, found by its mark."""
+    for at in marks(buffer, start):
+        if frame := frame_at(buffer, at, seed=seed):
+            return frame
+    return None
+
+
+def marks(buffer: bytes, start: int) -> Iterator[int]:
+    """Where frames may begin, from `start` on."""
+    mark = MARK.to_bytes(2, "little")
+    at = buffer.find(mark, start + _MARK_OFFSET)
+    while at >= 0:
+        yield at - _MARK_OFFSET
+        at = buffer.find(mark, at + 1)
+
+
+def seal_marks(buffer: bytes) -> Iterator[int]:
+    """Where checkpoints may begin, the last one first."""
+    mark = MARK.to_bytes(2, "little") + bytes([CHECKPOINT_TYPE])
+    at = buffer.rfind(mark)
+    while at >= 0:
+        yield at - _MARK_OFFSET
+        at = buffer.rfind(mark, 0, at + len(mark) - 1)
+
+
+def is_synced(buffer: bytes, frame: Frame) -> bool:
+    """Whether the frame says that all bytes before it were on disk before it was written."""
+    return bool(buffer[frame[2] + _FLAGS_OFFSET] & SYNCED)
+
+
 def find_synced(buffer: bytes, last_seq: int, *, seed: int) -> int | None:
     """Offset of the first good SYNCED frame behind the beginning of `buffer`, where something is broken.
 
     `last_seq` is the last sequence number before the buffer. None when there is no such frame: then nothing in the
     buffer is known to have been on disk.
     """
-    mark = MARK.to_bytes(2, "little")
-    at = buffer.find(mark, 17)
-    while at >= 0:
-        start = at - 16
-        if len(buffer) - start > FRAME_HEADER_BYTES:
-            crc, length, seq, _mark, _number, flags = _FRAME.unpack_from(buffer, start)
-            end = start + FRAME_HEADER_BYTES + length
-            plausible = flags & SYNCED and seq >= last_seq and 0 < length <= MAX_FRAME_BYTES and end <= len(buffer)
-            if plausible and crc == zlib.crc32(buffer[start + 4 : end], seed):
-                return start
-        at = buffer.find(mark, at + 1)
-    return None
-
-
-def frame_flags(buffer: bytes, frame: Frame) -> int:
-    """The flags of `frame` of `buffer`."""
-    return buffer[frame[2] + FRAME_HEADER_BYTES - 1]
+    frame = next_frame(buffer, 1, seed=seed)
+    while frame and not (frame[0] >= last_seq and is_synced(buffer, frame)):
+        frame = next_frame(buffer, frame[3], seed=seed)
+    return frame and frame[2]
 
 
 def decode_entry(buffer: bytes, frame: Frame) -> Entry | None:

@@ -1,6 +1,7 @@
 """Takes the directory as the last run left it, maybe in a crash, to one that can be appended to. Blocking.
 
-Only the last segment is read whole: every earlier one was on disk before the next one got its name. Good records
+Only the last segment is read whole: every earlier one was on disk before the next one got its name. Of what a seal
+stands behind the checksum is looked at as a whole, and frames one by one only if it does not match. Good records
 are never dropped. What follows the last good record of the last segment is one of two things. If nothing in it
 proves that it had been on disk, it is a torn tail: it is copied to a `.torn` file and cut off. Otherwise something
 damaged the journal, and opening is refused until a person has looked at it.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -26,29 +29,39 @@ from watchd.journal.format import (
     CHANGE_TYPE,
     FIRST_SEQ,
     HEADER_BYTES,
-    SYNCED,
+    SEAL_BYTES,
     Checkpoint,
+    Frame,
     LayerMark,
     Scan,
     SegmentHeader,
     decode_entry,
     encode_frames,
     encode_header,
-    frame_flags,
+    frame_at,
+    is_synced,
+    seal_marks,
 )
 from watchd.journal.segments import (
     CHUNK_BYTES,
     VERIFY,
     Segment,
+    check_ours,
     create_segment,
     decode_failure,
     disk_errors,
     list_segments,
+    write_aside,
     write_file,
 )
 from watchd.journal.state import JournalState
 
 LOCK_NAME: Final = "lock"
+
+SEARCH_BYTES: Final = 2 * SEAL_BYTES
+"""So much of a segment's end is looked through for a seal."""
+
+CRC_CHUNK_BYTES: Final = 1 << 20
 
 TRIAL_BYTES: Final = 1 << 20
 """A journal that has failed is opened again when its disk takes so much."""
@@ -65,6 +78,8 @@ class Recovered(msgspec.Struct, frozen=True):
     """`time_ns` of the last record; 0 when there is none."""
     torn: Path | None
     """Where an unfinished write of the last run was set aside."""
+    every_layer: int = 0
+    """See `Checkpoint`."""
 
 
 class Acknowledged(NamedTuple):
@@ -81,6 +96,10 @@ class Opened(msgspec.Struct, frozen=True):
     """Of the last segment."""
     end: int
     """Size of the last segment."""
+    crc: int
+    """crc32 of the last segment."""
+    sealed: int
+    """Where its last seal begins, 0 when there is none."""
     first_seq: int
     last_seq: int
     bytes: int
@@ -91,14 +110,15 @@ class Opened(msgspec.Struct, frozen=True):
     def recovered(self) -> Recovered:
         """The part of it that concerns the journal's owner."""
         note = self.checkpoint
-        return Recovered(note.layers, note.stopped, note.last_time_ns, self.torn)
+        return Recovered(note.layers, note.stopped, note.last_time_ns, self.torn, note.every_layer)
 
 
 def lock(directory: Path, *, disk: Disk = REAL) -> File:
     """Makes this process the directory's only writer until the returned file is closed.
 
-    Creates the directory. Raises JournalError when it cannot, or when there is a writer.
+    Creates the directory. Raises JournalError when it cannot, when it holds something else, or when there is a writer.
     """
+    check_ours(directory, disk=disk)
     with disk_errors(f"cannot use the journal directory {directory}"):
         disk.make_directory(directory)
         file = disk.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT)
@@ -177,55 +197,112 @@ def _check_headers(directory: Path, firsts: list[int], disk: Disk) -> int:
 
 def _recover_segment(segment: Segment, first_seq: int, disk: Disk, acknowledged: Acknowledged | None) -> Opened:
     """Reads the last segment to its end and cuts a torn tail off."""
+    seal = find_seal(segment)
+    read = read_state(segment, seal)
+    end, last_seq, fault = read.end, read.last_seq, read.found.fault
+    torn = None
+    if end == HEADER_BYTES:
+        raise segment.damage(end, last_seq, fault)
+    if acknowledged and acknowledged.epoch == segment.header.epoch and acknowledged.seq > last_seq:
+        raise segment.damage(end, last_seq, f"record {acknowledged.seq} has been there")
+    if read.buffer:
+        if segment.is_damage(read.buffer, read.found, end, last_seq):
+            raise segment.damage(end, last_seq, fault)
+        if not acknowledged:
+            torn = _set_tail_aside(segment, end, disk)
+    _put_on_disk(segment, read.proven, end, disk)
+    sealed = seal.note.offset if seal else 0
+    note = read.state.checkpoint()
+    return Opened(segment.header, end, read.crc, sealed, first_seq, last_seq, 0, note, torn)
+
+
+class Seal(NamedTuple):
+    """A checkpoint that seals what is before it."""
+
+    note: Checkpoint
+    seq: int
+    """Of the last record before it."""
+
+
+def find_seal(segment: Segment) -> Seal | None:
+    """The last seal of the segment, if all bytes before it are as they were when it was written. Raises JournalError."""
+    size = segment.size()
+    start = max(HEADER_BYTES, size - SEARCH_BYTES)
+    tail = segment.pread(size - start, start)
+    for at in seal_marks(tail):
+        frame = frame_at(tail, at, seed=segment.header.crc)
+        note = decode_entry(tail, frame) if frame else None
+        if frame and isinstance(note, Checkpoint) and note.offset == start + at:
+            return Seal(note, frame[0]) if _crc(segment, note.offset) == note.crc else None
+    return None
+
+
+def _crc(segment: Segment, end: int) -> int:
+    """crc32 of the segment's bytes before `end`."""
+    crc = 0
+    for offset in range(0, end, CRC_CHUNK_BYTES):
+        crc = zlib.crc32(segment.pread(min(CRC_CHUNK_BYTES, end - offset), offset), crc)
+    return crc
+
+
+class Read(NamedTuple):
+    """A segment up to the end of its good frames."""
+
+    state: JournalState
+    proven: int
+    """What is before was on disk when what follows was written."""
+    end: int
+    crc: int
+    """crc32 of all before the end."""
+    last_seq: int
+    buffer: bytes
+    """What follows, or the beginning of it."""
+    found: Scan
+    """What is wrong with that."""
+
+
+def read_state(segment: Segment, seal: Seal | None = None) -> Read:
+    """What all good frames amount to, from the beginning of a segment or from a good seal on. Raises JournalError."""
     state = JournalState()
-    offset, last_seq = proven, _ = HEADER_BYTES, segment.header.first_seq - 1
+    proven = HEADER_BYTES
+    if seal:
+        offset, last_seq, crc = seal.note.offset, seal.seq, seal.note.crc
+    else:
+        offset, last_seq, crc = HEADER_BYTES, segment.header.first_seq - 1, _crc(segment, HEADER_BYTES)
     while True:
         buffer, found = segment.frames(offset, last_seq)
         if not found.frames:
-            break
-        _apply(segment, state, buffer, found, offset)
-        proven = max(proven, offset + _last_synced(buffer, found))
-        offset += found.end
-        last_seq = found.frames[-1][0]
-    torn = None
-    if offset == HEADER_BYTES:
-        raise segment.damage(offset, last_seq, found.fault)
-    if acknowledged and acknowledged.epoch == segment.header.epoch and acknowledged.seq > last_seq:
-        raise segment.damage(offset, last_seq, f"record {acknowledged.seq} has been there")
-    if buffer:
-        if segment.is_damage(buffer, found, offset, last_seq):
-            raise segment.damage(offset, last_seq, found.fault)
-        if not acknowledged:
-            torn = _set_tail_aside(segment, offset, disk)
-    _put_on_disk(segment, proven, offset, disk)
-    return Opened(segment.header, offset, first_seq, last_seq, 0, state.checkpoint(), torn)
-
-
-def _apply(segment: Segment, state: JournalState, buffer: bytes, found: Scan, offset: int) -> None:
-    """Brings `state` up to date. Of changes only the last one matters, for its time."""
-    last = found.frames[-1]
-    for frame in found.frames:
-        seq, number, start, _end = frame
-        if number == CHANGE_TYPE and frame is not last:
-            continue
+            return Read(state, proven, offset, crc, last_seq, buffer, found)
         try:
-            entry = decode_entry(buffer, frame)
+            apply_frames(state, buffer, found.frames)
         except JournalError as error:
-            raise decode_failure(segment, offset + start, error) from error
-        if entry is not None:
-            state.apply(entry, seq)
+            raise decode_failure(segment, offset, error) from error
+        if (synced := _last_synced(buffer, found)) is not None:
+            proven = offset + synced
+        offset += found.end
+        crc = zlib.crc32(memoryview(buffer)[: found.end], crc)
+        last_seq = found.frames[-1][0]
 
 
-def _last_synced(buffer: bytes, found: Scan) -> int:
-    """Where the last SYNCED frame begins: what is before it was on disk. 0 when there is none."""
-    return next((frame[2] for frame in reversed(found.frames) if frame_flags(buffer, frame) & SYNCED), 0)
+def apply_frames(state: JournalState, buffer: bytes, frames: Sequence[Frame]) -> None:
+    """Brings `state` up to date. Of changes only the last one matters, for its time. Raises JournalError."""
+    for frame in frames:
+        if frame[1] == CHANGE_TYPE and frame is not frames[-1]:
+            continue
+        if (entry := decode_entry(buffer, frame)) is not None:
+            state.apply(entry, frame[0])
+
+
+def _last_synced(buffer: bytes, found: Scan) -> int | None:
+    """Where the last SYNCED frame begins: what is before it was on disk."""
+    return next((frame[2] for frame in reversed(found.frames) if is_synced(buffer, frame)), None)
 
 
 def _set_tail_aside(segment: Segment, end: int, disk: Disk) -> Path:
     """Copies what follows `end` to a file of its own."""
     path = segment.path
     with disk_errors(f"cannot set the torn tail of {path} aside"), disk.open(path, os.O_RDONLY) as file:
-        torn = _write_aside(path, end, file.pread(file.size() - end, end), disk)
+        torn = write_aside(path, end, file.pread(file.size() - end, end), suffix=".torn", disk=disk)
         disk.sync_directory(path.parent)
     return torn
 
@@ -238,19 +315,3 @@ def _put_on_disk(segment: Segment, start: int, end: int, disk: Disk) -> None:
         for offset in range(start, end, CHUNK_BYTES):
             write_all(file, file.pread(min(CHUNK_BYTES, end - offset), offset), offset)
         file.sync()
-
-
-def _write_aside(path: Path, end: int, tail: bytes, disk: Disk) -> Path:
-    """Writes `<segment>-<offset>[-<n>].torn`; an older one of that name stays."""
-    number = 0
-    while True:
-        aside = path.with_name(f"{path.stem}-{end}{f'-{number}' if number else ''}.torn")
-        try:
-            write_file(aside, tail, flags=os.O_EXCL, disk=disk)
-            return aside
-        except FileExistsError:
-            number += 1
-        except OSError:
-            with suppress(OSError):
-                disk.unlink(aside)  # else every attempt on a full disk would leave one
-            raise

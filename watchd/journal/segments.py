@@ -13,7 +13,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -33,6 +33,8 @@ NO_JOURNAL: Final = "start `watchd run` once, or correct state_directory"
 VERIFY: Final = "run `watchd journal verify` to see what is readable"
 
 _NAME: Final = re.compile(r"([0-9]{20})\.wal")
+_OURS: Final = re.compile(r"lock|[^.]+\.wal(\.tmp)?|[0-9-]+\.(torn|damaged)|lost\+found")
+"""What may lie in a journal's directory."""
 
 
 def segment_path(directory: Path, first_seq: int) -> Path:
@@ -47,13 +49,40 @@ def list_segments(directory: Path, *, disk: Disk = REAL) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
+def existing_segments(directory: Path, *, disk: Disk = REAL) -> list[int]:
+    """The same, and there is at least one. Raises JournalError when there is none, too."""
+    firsts = list_segments(directory, disk=disk)
+    if not firsts:
+        raise JournalError(f"there is no journal in {directory}", remedy=NO_JOURNAL)
+    return firsts
+
+
+def check_ours(directory: Path, *, disk: Disk = REAL) -> None:
+    """Raises JournalError when the directory is there, holds no journal and something else."""
+    try:
+        names = disk.names(directory)
+    except OSError:
+        return  # whoever uses it finds out
+    foreign = sorted(name for name in names if not _OURS.fullmatch(name))
+    if foreign and not any(map(_NAME.fullmatch, names)):
+        raise JournalError(
+            f"{directory} is no journal, it holds {foreign[0]!r}",
+            remedy="move away what is in it, or set state_directory to another directory",
+        )
+
+
 def create_segment(directory: Path, first_seq: int, content: bytes, *, disk: Disk = REAL) -> None:
     """Puts a segment that holds `content` on disk, whole or not at all. Raises OSError."""
     path = segment_path(directory, first_seq)
-    temporary = path.with_suffix(".wal.tmp")
+    temporary = temporary_path(path)
     write_file(temporary, content, flags=os.O_TRUNC, disk=disk)
     disk.rename(temporary, path)
     disk.sync_directory(directory)
+
+
+def temporary_path(path: Path) -> Path:
+    """What the segment `path` is called while it is being written."""
+    return path.with_suffix(".wal.tmp")
 
 
 def write_file(path: Path, content: bytes, *, flags: int, disk: Disk = REAL) -> None:
@@ -61,6 +90,29 @@ def write_file(path: Path, content: bytes, *, flags: int, disk: Disk = REAL) -> 
     with disk.open(path, os.O_WRONLY | os.O_CREAT | flags) as file:
         write_all(file, content, 0)
         file.sync()
+
+
+def write_aside(path: Path, offset: int, content: bytes, *, suffix: str, disk: Disk = REAL) -> Path:
+    """Keeps what was in the segment `path` at `offset` as `<segment>-<offset>[-<n>]<suffix>`. An older one of that name
+    stays; if it holds the same, it is the one. Its name is durable with the next fsync of the directory. Raises OSError.
+    """
+    number = 0
+    while True:
+        aside = path.with_name(f"{path.stem}-{offset}{f'-{number}' if number else ''}{suffix}")
+        try:
+            write_file(aside, content, flags=os.O_EXCL, disk=disk)
+        except FileExistsError:
+            with disk.open(aside, os.O_RDONLY) as file:
+                if file.size() == len(content) and file.pread(len(content), 0) == content:
+                    file.sync()
+                    return aside
+            number += 1
+        except OSError:
+            with suppress(OSError):
+                disk.unlink(aside)  # else every attempt on a full disk would leave one
+            raise
+        else:
+            return aside
 
 
 @contextmanager
@@ -105,7 +157,7 @@ class Segment:
 
     def _read_header(self, first_seq: int) -> SegmentHeader:
         try:
-            header = decode_header(self._pread(HEADER_BYTES, 0))
+            header = decode_header(self.pread(HEADER_BYTES, 0))
         except JournalError as error:
             raise JournalError(f"cannot read {self.path}: {error}", remedy=error.remedy or VERIFY) from error
         if header.first_seq != first_seq:
@@ -124,7 +176,8 @@ class Segment:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _pread(self, size: int, offset: int) -> bytes:
+    def pread(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes; fewer at the end of the file only. Raises JournalError."""
         with disk_errors(f"cannot read {self.path} at byte {offset}"):
             return self._file.pread(size, offset)
 
@@ -158,7 +211,7 @@ class Segment:
         """
         size = CHUNK_BYTES
         while True:
-            buffer = self._pread(size, offset)
+            buffer = self.pread(size, offset)
             found = scan(buffer, last_seq, seed=self.header.crc)
             if found.frames or found.fault or len(buffer) < size:
                 return buffer, found
@@ -170,7 +223,7 @@ class Segment:
         Bytes that were too few are judged by the same read: a writer may have appended to them by now.
         """
         if found.fault:
-            buffer = self._pread(self.size() - offset, offset)
+            buffer = self.pread(self.size() - offset, offset)
         return find_synced(buffer, last_seq, seed=self.header.crc) is not None
 
     def damage(self, offset: int, last_seq: int, fault: str) -> JournalError:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from watchd.journal.format import Checkpoint, Entry, LayerMark
+from watchd.journal.format import LOST_REASON, Checkpoint, Entry, LayerMark
 from watchd.records import Change, Desync, Resync, Stop
 
 
@@ -21,6 +21,9 @@ class JournalState:
         self._layers: dict[str, LayerMark] = {}
         self._last_time_ns = 0
         self._stopped = False
+        self._every_layer = 0
+        self.last_lost = 0
+        """The last number that damage has taken the record of; no scan finds out what that was. 0 if there is none."""
         if checkpoint:
             self._load(checkpoint)
 
@@ -32,7 +35,9 @@ class JournalState:
         self._last_time_ns = entry.time_ns
         self._stopped = isinstance(entry, Stop)
         if isinstance(entry, Desync):
-            self._set_open_desync(entry.layer, seq)
+            self._desync(entry.layer, seq)
+            if not entry.layer and entry.reason == LOST_REASON:
+                self.last_lost = seq
         elif isinstance(entry, Resync) and entry.closes >= self._mark(entry.layer).open_desync:
             self._set_open_desync(entry.layer, 0)
 
@@ -52,20 +57,31 @@ class JournalState:
 
     def is_open(self, layers: Collection[str] = ()) -> bool:
         """Whether changes of any of `layers`, or of any layer when it is empty, may be missing."""
-        names = {"", *layers} if layers else self._layers
-        return any(self._mark(name).open_desync for name in names)
+        return any(self._mark(name).open_desync for name in layers or self._layers or ("",))
 
     def checkpoint(self) -> Checkpoint:
         """The state as a note."""
-        return Checkpoint(dict(self._layers), self._last_time_ns, self._stopped)
+        return Checkpoint(dict(self._layers), self._last_time_ns, self._stopped, self._every_layer, self.last_lost)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self._layers = dict(checkpoint.layers)
         self._last_time_ns = checkpoint.last_time_ns
         self._stopped = checkpoint.stopped
+        # Whoever notes the marks of its layers does not know of these, so they are never taken back.
+        self._every_layer = max(self._every_layer, checkpoint.every_layer)
+        self.last_lost = max(self.last_lost, checkpoint.lost)
+
+    def _desync(self, layer: str, seq: int) -> None:
+        """Opens the layer's gap, with "" that of all layers, of those that are not known yet too."""
+        if layer:
+            self._set_open_desync(layer, seq)
+            return
+        self._every_layer = seq
+        for name in self._layers:
+            self._set_open_desync(name, seq)
 
     def _mark(self, layer: str) -> LayerMark:
-        return self._layers.get(layer) or LayerMark(b"")
+        return self._layers.get(layer) or LayerMark(b"", 0, self._every_layer)
 
     def _set_open_desync(self, layer: str, seq: int) -> None:
         self._layers[layer] = msgspec.structs.replace(self._mark(layer), open_desync=seq)

@@ -176,6 +176,7 @@ def test_what_is_no_good_journal_is_one_clear_line_and_stays_as_it_is(tmp_path: 
     segment_path(state / "journal", 1).write_bytes(b"WATCHDJ\n")
     expect("its header is cut short; run `watchd journal verify`")
     segment_path(state / "journal", 1).unlink()
+    (state / "journal" / "README").unlink()
     write(state / "journal", [changes(3)])
     header = bytearray(only_segment(state / "journal").read_bytes())
     header[8] = 2

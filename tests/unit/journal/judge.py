@@ -63,6 +63,8 @@ def segment(name: str, data: bytes) -> tuple[bytes, list[tuple[int, int, list[An
         assert seq == last
         value, stop = unpack(data, at + 20)
         assert (stop, value[0]) == (end, sort & 127)
+        if sort == 129 and value[6]:
+            assert (value[6], value[7]) == (at, zlib.crc32(data[:at]))
         frames.append((seq, sort, value))
         at = end
     assert frames[0][1] == 129

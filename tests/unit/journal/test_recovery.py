@@ -110,7 +110,9 @@ def test_a_later_format_is_refused_and_left_alone(directory: Path) -> None:
     struct.pack_into("<H", data, 8, 2)
     struct.pack_into("<I", data, 36, zlib.crc32(data[:36]))
     path.write_bytes(data)
-    with pytest.raises(JournalError, match=r"format 2, flags 0x0; this watchd reads format 1 only"):
+    with pytest.raises(
+        JournalError, match=r"format 2, flags 0x0; this watchd reads format 1 only; use the watchd that wrote it"
+    ):
         recover(directory)
     assert path.read_bytes() == data
 
@@ -169,7 +171,7 @@ def test_a_stop_is_remembered_across_the_beginning_of_a_segment(directory: Path)
     write(directory, [[*changes(20), Stop(9, "v", "b")], [change(10)]], SMALL_SEGMENTS)
     path = segment_path(directory, 22)
     judged = judge.segment(path.name, path.read_bytes())[1]
-    assert judged[0][2] == [1, {}, 9, True]
+    assert judged[0][2] == [1, {}, 9, True, 0, 0, 0, 0]
 
 
 def test_a_second_writer_is_told_who_the_first_is(directory: Path) -> None:
