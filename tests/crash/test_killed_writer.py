@@ -120,7 +120,7 @@ def test_a_full_disk_fails_the_journal_once_and_it_goes_on_when_there_is_room(
     workspace: Path, writers: Writers
 ) -> None:
     directory, said = workspace / "journal", []
-    for word, rest in writers.begin(directory, limit=20000):
+    for word, rest in writers.begin(directory, limit=20010):
         said.append((word, rest))
         if word == "failed":
             with pytest.raises((AssertionError, struct.error)):

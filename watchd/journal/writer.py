@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeVar
 
+import aiofiles.os
 import msgspec
 
 from watchd.errors import JournalError
@@ -28,6 +28,7 @@ from watchd.journal.disk import REAL, Disk
 from watchd.journal.format import Checkpoint, Entry, LayerMark
 from watchd.journal.reader import Position
 from watchd.journal.recovery import Acknowledged, Opened, Recovered, lock, recover
+from watchd.journal.retention import Stored, remove
 from watchd.journal.segments import disk_error, disk_errors
 from watchd.records import Record, Stop
 
@@ -164,18 +165,14 @@ class Journal:
     async def _begin(self, acknowledged: Acknowledged | None) -> None:
         """Locks and recovers the directory and starts the committer. Raises JournalError."""
         async with AsyncExitStack() as stack:
-            stack.enter_context(await self._in_thread(partial(lock, self.directory, disk=self._disk)))
-            opened = await self._in_thread(partial(recover, self.directory, disk=self._disk, acknowledged=acknowledged))
-            self._appender = Appender(
-                self.directory,
-                opened,
-                disk=self._disk,
-                executor=self._executor,
-                segment_size_bytes=self._settings.segment_size_bytes,
-            )
+            stack.enter_context(await self.in_thread(partial(lock, self.directory, disk=self._disk)))
+            opened = await self.in_thread(partial(recover, self.directory, disk=self._disk, acknowledged=acknowledged))
+            size = self._settings.segment_size_bytes
             with disk_errors(f"cannot write to the journal {self.directory}"):
-                await self._appender.open()
-            stack.push_async_callback(self._appender.close)
+                self._appender = await self.in_thread(
+                    partial(Appender, self.directory, opened, disk=self._disk, segment_size_bytes=size)
+                )
+            stack.push_async_callback(self.in_thread, self._appender.close)
             self._resources = stack.pop_all()
         self._opened(opened)
         self._committer = asyncio.create_task(self._run(), name="journal committer")
@@ -188,9 +185,6 @@ class Journal:
         self.failed = asyncio.get_running_loop().create_future()
         self._last_time_ns, self._stopped = self.recovered.last_time_ns, self.recovered.stopped
         self._committed = self._queued
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     @property
     def failure(self) -> JournalError | None:
@@ -233,6 +227,27 @@ class Journal:
         if failed.done() and (upto is None or self.durable_seq < upto):
             raise failed.result()
 
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """Does something with the journal's files in the journal's own thread, between two commits.
+
+        So a slow disk delays nothing but the journal, and other users of the default executor cannot delay the journal.
+        """
+        result: T = await aiofiles.os.wrap(call)(executor=self._executor)
+        return result
+
+    async def remove(self, segments: Sequence[Stored]) -> None:
+        """Removes these, which are the oldest and not the last one. Raises JournalError: then none or some are gone."""
+        if self.failed.done():
+            raise self.failed.result()
+        assert segments[0].first_seq == self.first_seq
+        opened = self.recovered
+        with disk_errors(f"cannot remove old segments of the journal {self.directory}"):
+            await self.in_thread(partial(remove, self.directory, segments, disk=self._disk))
+        if self.recovered is not opened:
+            return  # it failed and was opened again meanwhile, and counted anew
+        self.first_seq = segments[-1].last_seq + 1
+        self.bytes -= sum(segment.bytes for segment in segments)
+
     async def close(self) -> None:
         """Commits what is queued and gives up the directory. Raises JournalError when something was not written."""
         if self._closing:
@@ -270,7 +285,7 @@ class Journal:
         try:
             while await self._gather():
                 await self._commit()
-            await self._appender.sync()
+            await self.in_thread(self._appender.sync)
         except Exception as error:
             self._fail(self._told(error))
             with suppress(OSError):  # given up, so that somebody may repair it meanwhile
@@ -286,7 +301,7 @@ class Journal:
                 async with asyncio.timeout(CHECK_INTERVAL_S):
                     await self._wake.wait()
             except TimeoutError:
-                await self._appender.check()
+                await self.in_thread(self._appender.check)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.max_delay_ns / 1e9):
                 await self._hurry.wait()
@@ -296,22 +311,17 @@ class Journal:
     async def _commit(self) -> None:
         entries = self._queue[:COMMIT_ENTRIES]
         del self._queue[:COMMIT_ENTRIES]
-        begin, begun_ns = self._appender.position, time.perf_counter_ns()
-        self.bytes += await self._appender.append(entries)
-        appended_ns = time.perf_counter_ns()
-        if self._settings.sync == "batch":
-            await self._appender.sync()
-        done_ns = time.perf_counter_ns()
-        end = self._appender.position
-        self.durable_seq = end.seq
+        done = await self.in_thread(partial(self._appender.commit, entries, sync=self._settings.sync == "batch"))
+        self.durable_seq = done.end.seq
+        self.bytes += done.bytes
         self._committed += len(entries)
         self._commits += 1
-        self._append_ns += appended_ns - begun_ns
-        self._sync_ns += done_ns - appended_ns
+        self._append_ns += done.append_ns
+        self._sync_ns += done.sync_ns
         self._tell()
         if self._on_commit:
-            times = (appended_ns - begun_ns) / 1e9, (done_ns - appended_ns) / 1e9
-            self._on_commit(Commit(self.epoch, entries, begin, end, *times))
+            times = done.append_ns / 1e9, done.sync_ns / 1e9
+            self._on_commit(Commit(self.epoch, entries, done.begin, done.end, *times))
 
     def _told(self, error: Exception) -> JournalError:
         """What to say of `error`; what is no fault of the disk is a bug, and logged as one."""
