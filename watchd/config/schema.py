@@ -85,12 +85,17 @@ class MountRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Journal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How records are kept. `max_delay` is how long a record may wait for company before it is made durable."""
+    """How records are kept. `max_delay` is how long a record may wait for company before it is made durable.
+
+    What is over `retain_size` or older than `retain_age` goes, unless a named cursor or what is folded from the journal needs
+    it; over `retain_limit`, by default twice `retain_size`, it goes all the same.
+    """
 
     sync: Literal["batch"] = "batch"
     max_delay: Annotated[Duration, Range("0ns", "1m")] = Duration.parse("10ms")
     segment_size: Annotated[Size, Range("4KiB", "4GiB")] = Size.parse("64MiB")
     retain_size: Annotated[Size, Range("4KiB", "1024TiB")] = Size.parse("1GiB")
+    retain_limit: Annotated[Size, Range("4KiB", "1024TiB")] | UnsetType = UNSET
     retain_age: Annotated[Duration, Range("1s", "36500d")] = Duration.parse("30d")
 
 

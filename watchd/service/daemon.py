@@ -27,8 +27,7 @@ from watchd.coherence.handles import Handles
 from watchd.coherence.ladder import Step
 from watchd.coherence.round import Round
 from watchd.coherence.view import Stale
-from watchd.config import Loaded, load
-from watchd.config.schema import Journal as JournalDefaults
+from watchd.config import Config, Loaded, load
 from watchd.config.tree import shown
 from watchd.errors import DeadlineError, JournalError, UsageError, WatchdError
 from watchd.journal.cursors import DIRECTORY, Cursors
@@ -51,6 +50,7 @@ from watchd.service.notify import close_unused, has_manager, inherited, notify, 
 from watchd.service.patience import in_thread
 from watchd.service.stalelog import StaleLog
 from watchd.service.status import all_cursors, mounts_status, snapshot, state_of, status
+from watchd.service.upkeep import Upkeep, limits_of
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,6 @@ class Daemon:
         self._journal = await Journal.open(
             config.state_directory / "journal", self._journal_settings(), on_commit=self._committed
         )
-        self._indexer.start()
         stack.push_async_callback(in_thread, self._indexer.close, name="end")
         self._store = FdStore(
             self._inherited, epoch=self._journal.epoch, last_seq=self._journal.last_seq, is_there=has_manager()
@@ -123,6 +122,8 @@ class Daemon:
         stack.push_async_callback(self._close_journal)
         self._consumers = Consumers(self._journal, config.state_directory)
         self._cursors = Cursors(config.state_directory / DIRECTORY)
+        folds = [self._indexer]
+        self._upkeep = Upkeep(self._journal, self._cursors, limits_of(config.journal), folds=folds)
         self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
         tools = Tools(Handles(), Courier(timeout_s=None), DropCaches(int(config.coherence.drop_caches_interval)))
         stack.callback(tools.courier.close)
@@ -163,7 +164,6 @@ class Daemon:
         self._metrics.show(partial(snapshot, *parts, cursors=self._cursors))
         self._loop.add_reader(self._mounts.fileno(), self._mounts_changed)
         stack.callback(self._loop.remove_reader, self._mounts.fileno())
-        self._tell_unused()
         tell_missing_programs(config)
         await self._mounts.refresh()
         self._layers.go_on()
@@ -187,9 +187,10 @@ class Daemon:
         await self._listen()
         stack.push_async_callback(in_thread, self._metrics.close, name="end")
         self._metrics.reloaded(ok=True, time_s=time.time())
+        self._indexer.start()  # last: where the index is lost it reads all of the journal, and would be in the way
 
     async def _serve(self) -> None:
-        keeping = self._keep_looking(), self._feed_watchdog(), self._keeper.run()
+        keeping = self._keep_looking(), self._feed_watchdog(), self._keeper.run(), self._upkeep.run()
         tasks = [asyncio.create_task(work) for work in keeping]
         stop = asyncio.create_task(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, *tasks]
@@ -330,6 +331,8 @@ class Daemon:
         self._metrics.sync_duration.observe(commit.sync_s)
         self._consumers.committed()
         self._indexer.committed(commit)
+        if commit.begin.segment != commit.end.segment:
+            self._upkeep.wake()
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -421,15 +424,15 @@ class Daemon:
         old, self._config = self._config, loaded.config
         self._drop_caches.interval_ns = int(loaded.config.coherence.drop_caches_interval)
         logs.set_up(loaded.config.log)
-        self._tell_unused()
         tell_missing_programs(loaded.config)
+        self._upkeep.configure(limits_of(loaded.config.journal))
         if loaded.config.metrics != old.metrics:
             await self._listen()
         await self._mounts.reconfigure(loaded.config)
         later = [
             key
             for key in ("state_directory", "runtime_directory", "journal")
-            if getattr(loaded.config, key) != getattr(old, key)
+            if _until_restart(loaded.config, key) != _until_restart(old, key)
         ]
         log.info("configuration read from %s", ", ".join(map(str, loaded.files)) or "defaults")
         return {"files": [str(file) for file in loaded.files], "after_restart": later}
@@ -454,14 +457,6 @@ class Daemon:
         except OSError as error:
             # Not worth dying for: mounts are kept true without anybody watching.
             log.error("metrics.listen %s:%s: %s; metrics are off", address.host, address.port, error.strerror)
-
-    def _tell_unused(self) -> None:
-        """Say which configured features this version does not have, instead of silently leaving them."""
-        config = self._config
-        if any(
-            getattr(config.journal, key) != getattr(JournalDefaults(), key) for key in ("retain_size", "retain_age")
-        ):
-            log.warning("journal: retention is not part of this version, everything is kept")
 
     def _journal_settings(self) -> JournalSettings:
         journal = self._config.journal
@@ -502,6 +497,12 @@ def _sync_arguments(request: Mapping[str, Any]) -> tuple[list[str], float]:
     if not isinstance(timeout_s, int | float) or not 0 <= timeout_s <= 86_400:
         raise UsageError("sync: `timeout` must be a number of seconds, at most a day")
     return patterns, float(timeout_s)
+
+
+def _until_restart(config: Config, key: str) -> object:
+    """What a reload does not change, of what stands under the key."""
+    value = getattr(config, key)
+    return (value.sync, value.max_delay, value.segment_size) if key == "journal" else value
 
 
 def _boot_id() -> str:
