@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import audit, changes, drain, latency, memory, neighbour, noise, start, storm
+from tests.bench import append, audit, changes, drain, latency, memory, neighbour, noise, recover, start, storm
 from tests.bench.arena import workspace
 from tests.bench.measure import machine
 from tests.bench.report import Report
@@ -30,6 +30,8 @@ BENCHMARKS = {
     "memory": memory.measure,
     "audit": audit.measure,
     "changes": changes.measure,
+    "append": append.measure,
+    "recover": recover.measure,
 }
 
 

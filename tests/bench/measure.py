@@ -41,6 +41,17 @@ def memory(pid: int) -> Memory:
     return Memory(rss_kib << 10, peak_kib << 10)
 
 
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that holds `path`, as mountinfo has it (proc_pid_mountinfo(5)), and its device."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return " on ".join(filesystem.split()[:2])
+    return f"an unknown filesystem, device {wanted}"
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that at least `percent` of `values` do not exceed (nearest rank)."""
     ordered = sorted(values)

@@ -11,13 +11,18 @@ NOTHING = "-"
 
 
 class Target(msgspec.Struct, frozen=True):
-    """What watchd has to reach: at most `limit`, of its own value or of its ratio to the row's reference."""
+    """What watchd has to reach: at most or at least `limit`, of its own value or of its ratio to the row's reference."""
 
     limit: float
     is_ratio: bool = False
+    is_least: bool = False
 
     def __str__(self) -> str:
-        return f"<= {self.limit:g}{'x' if self.is_ratio else ''}"
+        return f"{'>=' if self.is_least else '<='} {self.limit:,g}{'x' if self.is_ratio else ''}"
+
+    def is_met(self, value: float) -> bool:
+        """Whether `value` is on the right side."""
+        return value >= self.limit if self.is_least else value <= self.limit
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -38,11 +43,13 @@ class Row(msgspec.Struct, frozen=True):
         return ours / theirs if ours is not None and theirs else None
 
     def verdict(self) -> str | None:
-        """ok or over, None if there is nothing to judge."""
+        """ok, or over (under a target that is a least), None if there is nothing to judge."""
         judged = self.ratio() if self.target and self.target.is_ratio else self.values.get(WATCHD)
         if self.target is None or judged is None:
             return None
-        return "ok" if judged <= self.target.limit else "over"
+        if self.target.is_met(judged):
+            return "ok"
+        return "under" if self.target.is_least else "over"
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -46,6 +46,9 @@ class Scale(msgspec.Struct, frozen=True):
     starts: int = 3
     audited: int = 1_000_000
     records: int = 10_000_000
+    append_s: float = 2.0
+    journal_bytes: int = 1 << 30
+    journal_segment_bytes: int = 64 << 20
 
 
 SMALL = Scale(
@@ -66,6 +69,9 @@ SMALL = Scale(
     starts=1,
     audited=3000,
     records=20_000,
+    append_s=0.02,
+    journal_bytes=100_000,
+    journal_segment_bytes=30_000,
 )
 
 

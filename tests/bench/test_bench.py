@@ -86,6 +86,12 @@ def test_a_target_is_judged_by_what_it_limits(target: Target, verdict: str) -> N
     assert row.verdict() == verdict
 
 
+@pytest.mark.parametrize(("limit", "verdict"), [(6.0, "ok"), (6.1, "under")])
+def test_a_target_may_be_the_least(limit: float, verdict: str) -> None:
+    row = Row("append", "batches", "records/s", {"watchd": 6.0}, None, Target(limit, is_least=True))
+    assert row.verdict() == verdict
+
+
 def test_a_value_that_is_missing_is_never_called_ok() -> None:
     assert Row("start", "fanotify", "s", {"watchd": None}, None, Target(0.5)).verdict() is None
     assert (
