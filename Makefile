@@ -6,6 +6,7 @@ PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 UNITDIR ?= /etc/systemd/system
 DESTDIR ?=
+SOAK ?= 50
 
 # Debian packages that the tests use, beyond what every Debian has.
 TEST_PACKAGES = bindfs btrfs-progs e2fsprogs erofs-utils inotify-tools libcap2-bin mount rsync squashfs-tools systemd systemd-container util-linux xfsprogs
@@ -32,11 +33,12 @@ define INSTALL_PACKAGES
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench run lint root packages bench-packages venv venv-dev python python3-venv install uninstall clean
+.PHONY: help demo test soak bench run lint root packages bench-packages venv venv-dev python python3-venv install uninstall clean
 
 help:
 	@echo "make demo       watchd heals an embedded overlay before your eyes, in a mount namespace of its own"
 	@echo "make test       installs what the tests need and runs them all"
+	@echo "make soak       the tests that crash, damage and hammer at random, for $(SOAK) times as long"
 	@echo "make bench      watchd beside its baselines: a table, and bench.json"
 	@echo "make run        the daemon on this host, in the foreground"
 	@echo "make lint       ruff, mypy, the import contract"
@@ -47,6 +49,9 @@ demo: root venv
 
 test: root packages venv-dev
 	$(AS_ROOT) WATCHD_REQUIRE=all $(VENV)/bin/python -m pytest
+
+soak: root packages venv-dev
+	$(AS_ROOT) WATCHD_REQUIRE=all WATCHD_SOAK=$(SOAK) $(VENV)/bin/python -m pytest --timeout 0 tests
 
 bench: root packages venv-dev
 	-@$(MAKE) --no-print-directory bench-packages
