@@ -93,6 +93,7 @@ class Book(LayerBook):
             anything,
             anything,
             settings=Sources(backend="inotify"),
+            knowledge=anything,
             barrier_directory=directory,
             names=NameBook({}),
             store=FdStore({}, epoch="", last_seq=0, is_there=False),

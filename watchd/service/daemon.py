@@ -43,6 +43,7 @@ from watchd.service.control import ControlServer
 from watchd.service.fdstore import FdStore
 from watchd.service.hooks import HookBook, tell_missing_programs
 from watchd.service.keeper import JournalKeeper
+from watchd.service.knowledge import Knowledge
 from watchd.service.layers import RETRY_S, LayerBook
 from watchd.service.mounts import Mount, MountBook
 from watchd.service.names import NameBook
@@ -138,12 +139,16 @@ class Daemon:
             metrics=self._metrics,
         )
         stack.push_async_callback(self._hooks.close)
+        self._knowledge = Knowledge(self._journal, config.state_directory)
+        stack.push_async_callback(self._knowledge.close)
+        await self._knowledge.open()
         names = NameBook({name: mark.path for name, mark in self._journal.recovered.layers.items()})
         self._layers = LayerBook(
             self._journal,
             self._engine,
             self._metrics,
             settings=config.sources,
+            knowledge=self._knowledge,
             barrier_directory=preflight.barrier_directory(config.runtime_directory),
             names=names,
             store=self._store,
@@ -190,7 +195,13 @@ class Daemon:
         self._indexer.start()  # last: where the index is lost it reads all of the journal, and would be in the way
 
     async def _serve(self) -> None:
-        keeping = self._keep_looking(), self._feed_watchdog(), self._keeper.run(), self._upkeep.run()
+        keeping = (
+            self._keep_looking(),
+            self._feed_watchdog(),
+            self._keeper.run(),
+            self._upkeep.run(),
+            self._knowledge.keep_folding(),
+        )
         tasks = [asyncio.create_task(work) for work in keeping]
         stop = asyncio.create_task(self._stop.wait())
         watched: list[asyncio.Future[Any]] = [stop, *tasks]

@@ -1,8 +1,9 @@
 """What the journal may be missing of each layer, and how that is found.
 
 When events may have been lost (overflow, restart, a source that broke) the desync is recorded at once, and when the journal
-could not be written as soon as it can; then the source recovers, so that nothing falls between, a scan looks for what changed,
-the mounts over the layer are invalidated, and the resync is recorded. There is one path for all of them.
+could not be written as soon as it can; then the source recovers, so that nothing falls between, a scan compares the layer with
+what is known of it, the mounts over it are invalidated, and the resync is recorded. There is one path for all of them. A layer
+of which nothing is known yet is scanned by times.
 
 All methods run in the event loop's thread where nothing else is said.
 """
@@ -12,22 +13,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import msgspec
 
 from watchd.coherence.engine import Engine
 from watchd.errors import LayerError
 from watchd.journal.format import LayerMark
+from watchd.journal.known import KnownError
 from watchd.journal.writer import Journal
 from watchd.metrics import Metrics
 from watchd.records import Change, Desync, Resync
 from watchd.service.intake import Intake, suspects_of
+from watchd.service.knowledge import Knowledge
 from watchd.service.layer import Layer
 from watchd.sources.base import MovedIn
+from watchd.sources.compare import differences, unless_told
 from watchd.sources.scan import changed_since, everything_below
+from watchd.sources.told import Told
 from watchd.sources.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ class Gaps:
         metrics: Metrics,
         *,
         intake: Intake,
+        knowledge: Knowledge,
         watched: Callable[[], Iterable[Layer]],
         lost: Callable[[Worker, Exception], None],
         failed: Callable[[Layer, Exception], None],
@@ -59,6 +66,9 @@ class Gaps:
         """`watched` gives all layers; `lost` is told, in the worker's thread, of a source that cannot recover, `failed` of a
         layer that cannot be read."""
         self._journal, self._engine, self._metrics, self._intake = journal, engine, metrics, intake
+        self._knowledge = knowledge
+        knowledge.on_lost = self._nothing_known
+        self._tasks: set[asyncio.Task[None]] = set()
         self._watched, self._lost, self._failed = watched, lost, failed
         self._marks: dict[str, LayerMark] = dict(journal.recovered.layers)
         self._marked_ns = 0
@@ -70,18 +80,19 @@ class Gaps:
         """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it, unless
         everything that the journal does not know is still to be read (`unbroken`)."""
         mark = self._marks.get(layer.name)
+        was_there = (mark is not None and mark.path == layer.directory.path) or self._knowledge.knows(layer)
         if unbroken and mark is not None and not mark.open_desync:
             layer.complete_ns = mark.complete_until_ns
-            layer.become("live")
+            self._live(layer)
             log.info("layer %s: nothing was missed since the restart", layer.name)
-        elif layer.desync_seq or (mark is not None and mark.path == layer.directory.path):
+        elif layer.desync_seq or was_there:
             if not layer.desync_seq and mark is not None:
                 layer.complete_ns, layer.desync_seq = mark.complete_until_ns, mark.open_desync
             self.desync(layer, "restart")
             self._recover(layer)
         else:
             layer.complete_ns = started_ns
-            layer.become("live")
+            self._live(layer)
             self._engine.doubt(layer.devices)  # mounts that were there before it was watched
             self._unmarked = True
             self.note_marks()
@@ -114,6 +125,7 @@ class Gaps:
     def desync(self, layer: Layer, reason: str) -> None:
         """From here on changes of the layer may be missing; said once until it is closed."""
         layer.become("desynced", reason)
+        self._knowledge.stop_walk(layer)
         if layer.desync_seq:
             return
         if self._journal.failure:
@@ -185,7 +197,7 @@ class Gaps:
                 log.warning("a directory that was moved in could not be scanned: %s", error)
             self._intake.call(arrived)
 
-        worker.scan(everything_below(layer.watched, moved.path), partial(self._found, layer), ended)
+        worker.scan(everything_below(layer.watched, moved.path), partial(self._found, layer, None), ended)
 
     def _recover(self, layer: Layer) -> None:
         """Find what was missed: the source first, so that nothing falls between, then a scan."""
@@ -193,22 +205,48 @@ class Gaps:
         assert worker is not None
         layer.become("scanning", layer.reason)
         layer.scan_again = False
-        worker.submit(worker.source.recover).add_done_callback(partial(self._recovered, worker))
-        worker.scan(
-            changed_since(layer.watched, layer.complete_ns),
-            partial(self._found, layer),
-            lambda error: self._intake.call(self._scanned, layer, worker, error),
-        )
+        told = Told()
 
-    def _recovered(self, worker: Worker, done: Future[None]) -> None:
+        def recover() -> None:
+            worker.source.recover()
+            self._knowledge.listen(layer.name, told)
+
+        worker.submit(recover).add_done_callback(partial(self._recovered, layer, worker, told))
+
+    def _recovered(self, layer: Layer, worker: Worker, told: Told, done: Future[None]) -> None:
         """In the worker's thread: a source that cannot recover is lost."""
         error = None if done.cancelled() else done.exception()
         if isinstance(error, Exception):
             self._lost(worker, error)
-            self._intake.flush()
+        else:
+            # All that was read before this is recorded before that is called, all after it is in `told`.
+            self._intake.call(self._look_soon, layer, worker, told)
+        self._intake.flush()
 
-    def _found(self, layer: Layer, changes: list[Change]) -> None:
-        """A slice of a scan; in the worker's thread."""
+    def _look_soon(self, layer: Layer, worker: Worker, told: Told) -> None:
+        self._keep(self._look(layer, worker, told))
+
+    async def _look(self, layer: Layer, worker: Worker, told: Told) -> None:
+        """Have the layer scanned."""
+        started_ns = time.time_ns()
+        tree = None if layer.by_times else await self._knowledge.tree(layer)
+        if layer.worker is not worker:
+            return
+        if tree is None:
+            scan = changed_since(layer.watched, layer.complete_ns)
+        else:
+            scan = unless_told(differences(layer.watched, tree, told=told), told)
+
+        def done(error: Exception | None) -> None:
+            self._knowledge.unlisten(layer.name, told)
+            self._intake.call(self._scanned, layer, worker, started_ns, error)
+
+        worker.scan(scan, partial(self._found, layer, None if tree is None else told), done)
+
+    def _found(self, layer: Layer, told: Told | None, changes: list[Change]) -> None:
+        """A slice of a scan, of which events may have told something just now; in the worker's thread."""
+        if told is not None:
+            changes = [change for change in changes if change.path not in told.recent]
         number = self._intake.next_number()
         self._intake.call(self._record_found, layer, number, changes)
         self._intake.worked(self._intake.suspect(suspects_of(changes), number, time.monotonic_ns()))
@@ -217,8 +255,13 @@ class Gaps:
         layer.differences += len(changes)
         self._intake.append(number, changes)
 
-    def _scanned(self, layer: Layer, worker: Worker, error: Exception | None) -> None:
+    def _scanned(self, layer: Layer, worker: Worker, started_ns: int, error: Exception | None) -> None:
         if layer.worker is not worker:
+            return
+        layer.by_times = isinstance(error, KnownError)
+        if isinstance(error, KnownError):
+            self._keep(self._knowledge.forget(layer, error))
+            self._recover(layer)
             return
         if error is not None:
             self._failed(layer, error)
@@ -233,5 +276,22 @@ class Gaps:
         self._journal.append([Resync(time.time_ns(), layer.name, layer.desync_seq, layer.differences)])
         log.info("layer %s: in step again, %d differences", layer.name, layer.differences)
         layer.desync_seq = layer.differences = 0
-        layer.become("live")
+        layer.complete_ns = max(layer.complete_ns, started_ns)
+        self._live(layer)
         self.note_marks()
+
+    def _live(self, layer: Layer) -> None:
+        layer.become("live")
+        self._knowledge.walk(layer)
+
+    def _nothing_known(self) -> None:
+        for layer in self._watched():
+            if layer.state == "live":
+                self._knowledge.walk(layer)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it some time."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+

@@ -38,6 +38,8 @@ class Layer:
     complete_ns: int = 0
     desync_seq: int = 0
     scan_again: bool = False
+    by_times: bool = False
+    """The next scan goes by times, for what is known of the layer could not be read."""
     differences: int = 0
     retry_at: float = 0.0
     watching: asyncio.Task[None] | None = None

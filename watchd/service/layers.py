@@ -33,6 +33,7 @@ from watchd.service.barriers import Barriers
 from watchd.service.fdstore import FdStore, KeptGroup
 from watchd.service.gaps import Gaps
 from watchd.service.intake import Intake, suspects_of
+from watchd.service.knowledge import Knowledge
 from watchd.service.layer import Key, Layer, key_of
 from watchd.service.ledger import Purpose, Receipt
 from watchd.service.names import NameBook
@@ -61,6 +62,7 @@ class LayerBook:
         metrics: Metrics,
         *,
         settings: Sources,
+        knowledge: Knowledge,
         barrier_directory: Path,
         names: NameBook,
         store: FdStore,
@@ -70,12 +72,14 @@ class LayerBook:
         self.settings = settings
         self.layers: dict[Key, Layer] = {}
         self._journal, self._metrics, self._names, self._store = journal, metrics, names, store
+        self._knowledge = knowledge
         self._intake = Intake(journal, engine, metrics, on_round=on_round)
         self._gaps = Gaps(
             journal,
             engine,
             metrics,
             intake=self._intake,
+            knowledge=knowledge,
             watched=self.layers.values,
             lost=self.lost,
             failed=self._unreadable,
@@ -307,6 +311,7 @@ class LayerBook:
         )
 
     def _unwatch(self, layer: Layer) -> None:
+        self._knowledge.stop_walk(layer)
         if layer.watching is not None:
             layer.watching.cancel()
             layer.watching = None
@@ -346,6 +351,7 @@ class LayerBook:
         intake.wait_for_room(worker)
         if batch.look is not None:
             batch.changes += batch.look()
+        self._knowledge.heard(batch.changes)
         intake.doubt(batch.linked)
         if batch.changes or batch.complete_ns:
             intake.call(self._record, number, worker, batch)
@@ -416,6 +422,10 @@ class LayerBook:
         layer.become("failed", str(error))
         layer.retry_at = time.monotonic() + RETRY_S
         self._discard_unused()
+
+    def is_known(self, layer: Layer) -> bool:
+        """Whether a scan could say exactly what changed in the layer."""
+        return self._knowledge.knows(layer)
 
     def queue_bytes(self) -> int:
         """What the kernel holds for the sources to read; for any thread."""

@@ -54,7 +54,7 @@ def status(
         "version": __version__,
         "pid": os.getpid(),
         "mounts": mounts_status(books.mounts.values(), engine),
-        "layers": [_layer(layer) for layer in layers.layers.values()],
+        "layers": [_layer(layer, known=layers.is_known(layer)) for layer in layers.layers.values()],
         "journal": {
             "path": str(journal.directory),
             "epoch": journal.epoch,
@@ -154,7 +154,7 @@ def _mount(mount: Mount, engine: Engine) -> dict[str, Any]:
     return mount_report(mount.overlay, state=now.state, reason=now.reason, stale=stale, actions=now.actions)
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def _layer(layer: Layer, *, known: bool) -> dict[str, Any]:
     waiting = layer_waiting(layer)
     state = "failed" if waiting and layer.state == "live" else layer.state
     return {
@@ -165,4 +165,5 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "state": state,
         "reason": waiting or layer.reason,
         "mounts": sorted(layer.devices | layer.data_of),
+        "known": known,
     }

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 
 from watchd.kernel.files import O_PATH_DIRECTORY, openat2
 
@@ -46,6 +47,8 @@ class Directory:
     """For whoever walks."""
     descend: list[bytes] = field(default_factory=list)
     """The names of the subdirectories to walk, filled in by whoever walks, before the walk goes on."""
+    descend_tags: Sequence[int] = ()
+    """Their tags, where whoever walks knows them by then."""
     identity: tuple[int, int] | None = None
     counts_links: bool = False
 
@@ -107,13 +110,13 @@ class Walk:
                     self._newest = None
                 if not self._reopen(parent):
                     continue
-                for name in parent.descend:
-                    child = self._enter(parent.descriptor, name, Directory(parent.child(name), name, parent))
+                for name, tag in zip(parent.descend, chain(parent.descend_tags, repeat(0)), strict=False):
+                    child = self._enter(parent.descriptor, name, Directory(parent.child(name), name, parent, tag=tag))
                     if child is not None:
                         yield child
                         self._leave(child)
                 parent.close()
-                parent.descend = []
+                parent.descend, parent.descend_tags = [], ()
         finally:
             for directory in (parent, child, self._newest):
                 if directory is not None:

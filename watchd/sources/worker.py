@@ -56,6 +56,7 @@ class Sink(Protocol):
 
 @dataclass
 class _Scan:
+    background: bool
     slices: Generator[list[Change], None, object]
     found: Callable[[list[Change]], None]
     done: Callable[[Exception | None], None]
@@ -124,9 +125,13 @@ class Worker(threading.Thread):
         slices: Generator[list[Change], None, object],
         found: Callable[[list[Change]], None],
         done: Callable[[Exception | None], None],
+        *,
+        background: bool = False,
     ) -> None:
-        """Work through `slices` in the worker's thread, between collections; `done` is told how it ended."""
-        self.submit(lambda: self._scans.append(_Scan(slices, found, done)))
+        """Work through `slices` in the worker's thread, between collections; `done` is told how it ended.
+
+        One in the background lets all others go first."""
+        self.submit(lambda: self._scans.append(_Scan(background, slices, found, done)))
 
     def queued_bytes(self) -> int:
         """What the kernel holds for the source to read; 0 once it is closed."""
@@ -175,10 +180,11 @@ class Worker(threading.Thread):
             self._run_work()
         if not self._broken and self.source.fileno() in ready:
             self._guard(self._collect)
-            if self._broken:
-                self._poll.unregister(self.source.fileno())
         if self._scans:  # even if events never stop
-            self._continue_scan(self._scans[0])
+            self._continue_scan(min(self._scans, key=lambda scan: scan.background))
+        if self._broken:
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self.source.fileno())
 
     def _wait(self) -> set[int]:
         """Wait for something to do; on the way to a long sleep, flush and let go of what is open."""
@@ -239,5 +245,8 @@ class Worker(threading.Thread):
             self._scans.remove(scan)
             scan.done(None)
         elif changes:
+            # What events have told of it meanwhile comes first, so that nothing is told by both.
+            if not self._broken and self.queued_bytes():
+                self._guard(self._collect)
             scan.found(changes)
         self._flush()
