@@ -61,6 +61,18 @@ def differences(before: Snapshot, after: Snapshot) -> dict[bytes, frozenset[str]
     return {path: kinds for path, kinds in found.items() if kinds}
 
 
+def only_tagged(before: Snapshot, after: Snapshot) -> set[bytes]:
+    """Directories of which nothing but an attribute without a place in stat(2) changed: what went on in them before may hide it."""
+    return {
+        path
+        for path, kinds in differences(before, after).items()
+        if path in before
+        and after.get(path, before[path]).is_directory
+        and kinds == {"attrib"}
+        and (before[path].mode, before[path].owner) == (after[path].mode, after[path].owner)
+    }
+
+
 def _above(path: bytes) -> Iterator[bytes]:
     while path:
         path = path.rpartition(b"/")[0]

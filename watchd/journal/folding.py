@@ -3,9 +3,9 @@
 A change says what is at a path now, so the last word about a path wins, and applying one twice changes nothing. What needs care
 is what a change says of other paths:
 
-* A directory that is gone takes with it what is below, unless it was renamed. Then its tree is set aside under its inode number
-  until the change of its new name comes, which may stand before or after: there it is taken from `from`, if that still is the
-  same object.
+* A directory that is gone takes with it what is below, but for what was renamed. So its tree is set aside for a while under its
+  inode number. The change of a new name may stand before or after: the tree is taken from `from`, if that still is the same
+  object, or from what was set aside, or as soon as that happens.
 * A directory that appears otherwise begins empty: what is in it is told by changes that follow.
 * A change may stand before the rename of a directory above it, for sources name what they read by where it is at the end of a
   batch. It waits until that directory is there.
@@ -29,7 +29,11 @@ ASIDE_MAX = 1024
 WAITING_NS = 10_000_000_000
 """Changes that wait, and trees that are set aside, are forgotten beyond these numbers, the oldest first, and after so long."""
 
+SEARCHED_MAX = 1000
+"""Directories of one tree that was set aside looked at for another one."""
+
 _RENAME = int(Kind.RENAME)
+_CREATE = int(Kind.CREATE)
 _ANEW = int(Kind.CREATE | Kind.DELETE)
 
 
@@ -88,7 +92,10 @@ class Folding:
 
     def apply(self, change: Change) -> None:
         """What a change says is known from now on."""
-        self._apply(change)
+        self._ready.append(change)
+        self._apply_ready()
+
+    def _apply_ready(self) -> None:
         while self._ready:
             self._apply(self._ready.popleft())
 
@@ -100,6 +107,8 @@ class Folding:
             return
         parent, _, name = path.rpartition(b"/")
         node = self._paths.get(parent) or self._resolve(parent)
+        if self.unsettled.expected and self._is_expected(parent):
+            self._supersede(path)
         if node is None:
             self._wait(change)
         elif change.exists:
@@ -120,6 +129,9 @@ class Folding:
         """Forget what has waited for too long."""
         since_ns = now_ns - WAITING_NS
         unsettled = self.unsettled
+        for number, _ in list(unsettled.aside.values()) if unsettled.expected else ():
+            self._fill_from(number)
+        self._apply_ready()
         aside = sorted(unsettled.aside.items(), key=lambda item: item[1][1])
         kept = [item for item in aside if item[1][1] >= since_ns][-ASIDE_MAX:]
         unsettled.aside = dict(kept)
@@ -145,23 +157,32 @@ class Folding:
             return
         if old is not None and same_object(old, state) and change.kinds & (_ANEW | _RENAME) != _ANEW:
             node.entries[name] = state
+            if change.kinds & _RENAME and (number := self._claim(change, state)) is not None:
+                self._fill(change.path, change.inode or 0, number)
             return
         if old is not None and is_directory(old):
             self._detach(node, name, old, change.time_ns)
+        number = self._claim(change, state)
+        is_new = change.kinds & (_CREATE | _RENAME) == _CREATE
+        if number is None and not is_new:  # what is in it was told under its old name
+            self.unsettled.expected[change.inode or 0] = (change.path, change.time_ns)
         node.entries[name] = state
-        node.children[name] = self._claim(change, state)
-        self._appeared(change.path)
+        node.children[name] = self._new().number if number is None else number
+        self._appeared(change.path, with_contents=number is not None or is_new)
 
     def _remove(self, node: Node, name: bytes, change: Change) -> None:
         old = node.entries.get(name)
         if old is None:
+            if self.unsettled.expected and self._is_expected(change.path.rpartition(b"/")[0]):
+                self._wait(change)
             return
         node.dirty = True
         if is_directory(old):
-            if change.kinds & _RENAME:
+            # What was in it may have been renamed out of it, and be told so later.
+            if change.kinds & _RENAME or self._node(node.children[name]).entries:
                 self._detach(node, name, old, change.time_ns)
                 return
-            self._drop(node.children.pop(name))
+            self._forget(node.children.pop(name))
         del node.entries[name]
 
     def _detach(self, node: Node, name: bytes, state: bytes, time_ns: int) -> None:
@@ -170,19 +191,18 @@ class Folding:
         del node.entries[name]
         self._paths.clear()
         inode = int.from_bytes(state[:8], "little")
-        place = self.unsettled.expected.pop(inode, None)
-        if place is not None and self._fill(place[0], inode, number):
+        if inode in self.unsettled.expected and self._fill(self.unsettled.expected[inode][0], inode, number):
             return
         known = self.unsettled.aside.pop(inode, None)
         if known is not None:
             self._drop(known[0])
         self.unsettled.aside[inode] = (number, time_ns)
+        self._fill_from(number)
         if len(self.unsettled.aside) > 2 * ASIDE_MAX:
             self.settle(time_ns)
 
-    def _claim(self, change: Change, state: bytes) -> int:
-        """The number of the tree of a directory that appeared."""
-        inode = change.inode or 0
+    def _claim(self, change: Change, state: bytes) -> int | None:
+        """The number of the tree that a directory had under its old name, where that is known."""
         if change.from_path:
             parent, _, name = change.from_path.rpartition(b"/")
             node = self._resolve(parent)
@@ -192,28 +212,63 @@ class Folding:
                 del node.entries[name]
                 self._paths.clear()
                 return node.children.pop(name)
+        inode = change.inode or 0
         aside = self.unsettled.aside.pop(inode, None)
-        if aside is not None:
-            return aside[0]
-        if change.kinds & _RENAME:
-            self.unsettled.expected[inode] = (change.path, change.time_ns)
-        return self._new().number
+        if aside is not None or not change.from_path:
+            return None if aside is None else aside[0]
+        found = (self._extract(number, inode) for number, _ in list(self.unsettled.aside.values()))
+        return next((number for number in found if number is not None), None)
+
+    def _extract(self, top: int, inode: int) -> int | None:
+        """Take a directory out of a tree that was set aside: it was renamed out of that before or after."""
+        pending = [top]
+        for _ in range(SEARCHED_MAX):
+            if not pending:
+                break
+            node = self._node(pending.pop())
+            for name, number in node.children.items():
+                if int.from_bytes(node.entries[name][:8], "little") == inode:
+                    del node.children[name], node.entries[name]
+                    node.dirty = True
+                    return number
+            pending += node.children.values()
+        return None
 
     def _fill(self, path: bytes, inode: int, number: int) -> bool:
         """The tree of a directory has come after its new name: put it below what has been told of it there since."""
         parent, _, name = path.rpartition(b"/")
         node = self._resolve(parent)
-        state = node.entries.get(name) if node is not None else None
-        if node is None or state is None or int.from_bytes(state[:8], "little") != inode or not is_directory(state):
+        if node is None or not _has(node, name, inode):
             return False
-        here, there = self._node(node.children[name]), self._node(number)
-        there.entries.update(here.entries)
-        there.children.update(here.children)
-        there.dirty = node.dirty = True
-        node.children[name] = number
-        self._forget(here.number)
+        self.unsettled.expected.pop(inode, None)
+        here, node.children[name] = node.children[name], number
+        node.dirty = True
+        self._merge(here, number)
         self._appeared(path)
         return True
+
+    def _fill_from(self, top: int) -> None:
+        """Look for trees that are expected in one that was set aside."""
+        for inode, (path, _) in list(self.unsettled.expected.items()):
+            parent, _, name = path.rpartition(b"/")
+            node = self._resolve(parent)
+            if node is not None and _has(node, name, inode) and (number := self._extract(top, inode)) is not None:
+                self._fill(path, inode, number)
+
+    def _merge(self, number: int, into: int) -> None:
+        """What was told of a directory before its tree was there is news beside that tree."""
+        pending = [(number, into)] if number != into else []
+        while pending:
+            number, into = pending.pop()
+            here, there = self._node(number), self._node(into)
+            for name, child in here.children.items():
+                if name in there.children and same_object(there.entries[name], here.entries[name]):
+                    pending.append((child, there.children[name]))
+                else:
+                    there.children[name] = child
+            there.entries.update(here.entries)
+            there.dirty = True
+            self._forget(number)
 
     # ---- what waits -------------------------------------------------------------------------------------------------
 
@@ -225,15 +280,24 @@ class Folding:
         if len(self.unsettled.waiting) > 2 * WAITING_MAX:
             self.unsettled.waiting = self.unsettled.waiting[-WAITING_MAX:]
 
-    def _appeared(self, path: bytes) -> None:
-        """A directory is there now, maybe with contents: apply what has waited for it."""
+    def _is_expected(self, path: bytes) -> bool:
+        """Whether the tree of this directory is yet to come."""
+        return any(place[0] == path for place in self.unsettled.expected.values())
+
+    def _supersede(self, path: bytes) -> None:
+        """There is later word of a name."""
+        self.unsettled.waiting = [change for change in self.unsettled.waiting if change.path != path]
+
+    def _appeared(self, path: bytes, *, with_contents: bool = True) -> None:
+        """A directory is there now: apply what has waited for it; what is gone only if what was in it is there too."""
         if not self.unsettled.waiting:
             return
         below = path + b"/"
-        ready = [change for change in self.unsettled.waiting if change.path.startswith(below)]
-        if ready:
-            self.unsettled.waiting = [change for change in self.unsettled.waiting if not change.path.startswith(below)]
-            self._ready += ready
+        waiting: list[Change] = []
+        for change in self.unsettled.waiting:
+            is_ready = change.path.startswith(below) and (with_contents or change.exists)
+            (self._ready if is_ready else waiting).append(change)
+        self.unsettled.waiting = waiting
 
     # ---- directories in memory --------------------------------------------------------------------------------------
 
@@ -281,3 +345,9 @@ class Folding:
             node = self._nodes.get(number)
             pending += node.children.values() if node is not None else self._store.load(number).directories().values()
             self._forget(number)
+
+
+def _has(node: Node, name: bytes, inode: int) -> bool:
+    """Whether a directory with this inode number has this name."""
+    state = node.entries.get(name)
+    return state is not None and is_directory(state) and int.from_bytes(state[:8], "little") == inode

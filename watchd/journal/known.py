@@ -218,7 +218,7 @@ class Known:
 
     def _fold_some(self, upto: int) -> int:
         """One transaction."""
-        [[start]] = self._db.execute("SELECT min(upto) FROM layers WHERE complete")
+        start: int | None = self._db.execute("SELECT min(upto) FROM layers WHERE complete").fetchone()[0]
         if start is None or start >= upto:
             return 0
         with self._transaction(), self._follower(start) as follower:
@@ -247,7 +247,7 @@ class Known:
                 "UPDATE fold SET segment = ?, offset = ?, before = ?", (position.segment, position.offset, position.seq)
             )
         self._look()
-        return max(last - int(start), 0)
+        return max(last - start, 0)
 
     def _follower(self, start: int) -> Follower:
         """From a place on that is not behind record `start`."""
