@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import append, audit, changes, drain, latency, memory, neighbour, noise, recover, start, storm
+from tests.bench import append, audit, changes, drain, latency, memory, neighbour, noise, recover, scan, start, storm
 from tests.bench.arena import workspace
 from tests.bench.measure import machine
 from tests.bench.report import Report
@@ -32,6 +32,7 @@ BENCHMARKS = {
     "changes": changes.measure,
     "append": append.measure,
     "recover": recover.measure,
+    "scan": scan.measure,
 }
 
 

@@ -49,6 +49,7 @@ class Scale(msgspec.Struct, frozen=True):
     append_s: float = 2.0
     journal_bytes: int = 1 << 30
     journal_segment_bytes: int = 64 << 20
+    scanned: int = 1_000_000
 
 
 SMALL = Scale(
@@ -72,6 +73,7 @@ SMALL = Scale(
     append_s=0.02,
     journal_bytes=100_000,
     journal_segment_bytes=30_000,
+    scanned=3000,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 import shutil
@@ -69,8 +70,6 @@ def is_news(record: Json) -> bool:
 
 
 def path_of(record: Json) -> bytes:
-    import base64
-
     return base64.b64decode(record["path_b64"]) if "path_b64" in record else record["path"].encode()
 
 

@@ -62,7 +62,7 @@ def differences(before: Snapshot, after: Snapshot) -> dict[bytes, frozenset[str]
 
 
 def only_tagged(before: Snapshot, after: Snapshot) -> set[bytes]:
-    """Directories of which nothing but an attribute without a place in stat(2) changed: what went on in them before may hide it."""
+    """Directories of which only an attribute without a place in stat(2) changed: names that came and went may hide it."""
     return {
         path
         for path, kinds in differences(before, after).items()

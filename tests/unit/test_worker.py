@@ -303,6 +303,39 @@ def test_a_scan_comes_to_its_end_though_events_never_stop(source: PipeSource, to
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
+def test_what_happened_during_a_slice_is_told_before_what_the_slice_found(
+    source: PipeSource, told: Told, worker: Worker
+) -> None:
+    def slices() -> Generator[list[Change], None, None]:
+        source.write(b"event")
+        yield [change(b"found")]
+
+    worker.scan(slices(), lambda changes: told.say("found", changes[0].path), lambda error: told.say("done"))
+    said = [what for what in told.until("done") if what[0] in ("batch", "found")]
+    assert said == [("batch", b"event"), ("found", b"found")]
+
+
+def test_a_scan_in_the_background_lets_others_go_first(told: Told, worker: Worker) -> None:
+    may_go_on = threading.Event()
+
+    def long() -> Generator[list[Change], None, None]:
+        yield []
+        assert may_go_on.wait(PATIENCE_S)
+        yield []
+
+    def done(what: str) -> Callable[[Exception | None], None]:
+        return lambda error: told.say("done", what)
+
+    worker.scan(long(), lambda changes: None, done("background"), background=True)
+    worker.scan(iter_of([]), lambda changes: None, done("urgent"))
+    may_go_on.set()
+    assert [told.until("done")[-1] for _ in range(2)] == [("done", "urgent"), ("done", "background")]
+
+
+def iter_of(*slices: list[Change]) -> Generator[list[Change], None, None]:
+    yield from slices
+
+
 def test_stop_closes_the_source_and_the_scans(source: PipeSource, told: Told, worker: Worker) -> None:
     closed = threading.Event()
 

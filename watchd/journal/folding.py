@@ -92,8 +92,9 @@ class Folding:
 
     def apply(self, change: Change) -> None:
         """What a change says is known from now on."""
-        self._ready.append(change)
-        self._apply_ready()
+        self._apply(change)
+        if self._ready:
+            self._apply_ready()
 
     def _apply_ready(self) -> None:
         while self._ready:
@@ -162,8 +163,9 @@ class Folding:
             return
         if old is not None and is_directory(old):
             self._detach(node, name, old, change.time_ns)
-        number = self._claim(change, state)
         is_new = change.kinds & (_CREATE | _RENAME) == _CREATE
+        is_anew = old is not None and is_new and same_object(old, state)  # its inode number was used again
+        number = None if is_anew else self._claim(change, state)
         if number is None and not is_new:  # what is in it was told under its old name
             self.unsettled.expected[change.inode or 0] = (change.path, change.time_ns)
         node.entries[name] = state

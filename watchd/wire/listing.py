@@ -43,6 +43,8 @@ class Listing(NamedTuple):
 
     def directories(self) -> dict[bytes, int]:
         """Name of a directory -> the number of its listing."""
+        if not self.children:
+            return {}
         names = (name for name, state in self.entries().items() if is_directory(state))
         return dict(zip(names, self.child_numbers(), strict=True))
 
