@@ -205,12 +205,17 @@ class Known:
 
     # ---- following the journal --------------------------------------------------------------------------------------
 
-    def fold(self, upto: int) -> int:
+    def fold(self, upto: int, *, epoch: str) -> int:
         """Take in the records up to number `upto`, which must be durable; returns how many were read.
 
         Raises KnownError; JournalError if the journal is damaged.
         """
         with _errors(self.path):
+            if epoch != self._epoch:  # the journal was lost while it was written
+                self._epoch = epoch
+                with self._transaction():
+                    self._adapt(upto)
+                self._look()
             total = 0
             while (count := self._fold_some(upto)) > 0:
                 total += count

@@ -117,7 +117,7 @@ class Knowledge:
         async with self._folding:
             known, durable, size = self._known, self._journal.durable_seq, self._journal.bytes
             if known is not None:
-                await self._run(partial(known.fold, durable))
+                await self._run(partial(known.fold, durable, epoch=self._journal.epoch))
                 self._folded_seq, self._folded_bytes = durable, size
 
     async def keep_folding(self) -> None:
