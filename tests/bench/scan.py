@@ -127,7 +127,7 @@ def _timed(call: Callable[[], int]) -> tuple[float, int]:
 
 def _walk(known: Known, layer: WatchedLayer) -> int:
     walked, number = Walked(), known.begin(layer.name, layer.path, 0)
-    keeper = Keeper(number=known.next_number, store=functools.partial(known.store, number), is_busy=lambda: False)
+    keeper = Keeper(numbers=known.next_numbers, store=functools.partial(known.store, number), is_busy=lambda: False)
     for _ in walk_through(layer, keeper, walked, queued=lambda: 0):
         pass
     known.complete(number, walked.root, walked.state)

@@ -39,7 +39,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Known]:
 def learn(known: Known, layer: WatchedLayer) -> Walked:
     walked = Walked()
     number = known.begin(layer.name, layer.path, 0)
-    keeper = Keeper(number=known.next_number, store=lambda rows: known.store(number, rows), is_busy=lambda: False)
+    keeper = Keeper(numbers=known.next_numbers, store=lambda rows: known.store(number, rows), is_busy=lambda: False)
     for changes in walk_through(layer, keeper, walked, queued=lambda: 0, slice_entries=10):
         assert changes == []
     known.complete(number, walked.root, walked.state)
@@ -182,7 +182,7 @@ def test_a_time_that_64_bits_do_not_hold_breaks_no_scan(workspace: Path, known: 
 def test_a_walk_that_did_not_find_a_directory_it_had_listed_says_so(workspace: Path, known: Known) -> None:
     for name in ("a", "b", "c"):
         (workspace / name / "sub").mkdir(parents=True)
-    walked, keeper = Walked(), Keeper(number=known.next_number, store=lambda rows: None, is_busy=lambda: False)
+    walked, keeper = Walked(), Keeper(numbers=known.next_numbers, store=lambda rows: None, is_busy=lambda: False)
     slices = walk_through(layer_at(workspace), keeper, walked, queued=lambda: 0, slice_entries=3)
     next(slices)
     for name in ("a", "b", "c"):

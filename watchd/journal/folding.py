@@ -21,8 +21,8 @@ import msgspec
 from watchd.records import Change, Kind, Via
 from watchd.wire.listing import Listing, is_directory, listing_of, same_object, state_of
 
-CACHED_MAX = 50_000
-"""Entries of directories kept in memory while changes are applied, about 10 MB."""
+CACHED_MAX = 20_000
+"""Entries of directories kept in memory while changes are applied, about 5 MB."""
 
 WAITING_MAX = 1024
 ASIDE_MAX = 1024

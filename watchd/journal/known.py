@@ -13,9 +13,9 @@ used again. Numbers are never used again.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,7 +91,7 @@ def _listing(row: tuple[bytes, bytes, bytes]) -> Listing:
 
 
 class Known:
-    """The writer of the file. Belongs to one thread, but for `next_number`, `tree` and the plain values."""
+    """The writer of the file. Belongs to one thread, but for `next_numbers`, `tree` and the plain values."""
 
     def __init__(self, path: Path, *, journal: Path, epoch: str, last_seq: int) -> None:
         """Opens or makes the file. Raises KnownError.
@@ -111,7 +111,8 @@ class Known:
             except BaseException:
                 self._db.close()
                 raise
-        self._numbers = itertools.count(1 + max(self._largest("directories", "id"), self._largest("layers", "root")))
+        self._next = 1 + max(self._largest("directories", "id"), self._largest("layers", "root"))
+        self._lock = threading.Lock()
 
     def _prepare(self, last_seq: int) -> None:
         db = self._db
@@ -119,7 +120,7 @@ class Known:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA journal_size_limit = 16777216")
-        db.execute("PRAGMA cache_size = -4000")
+        db.execute("PRAGMA cache_size = -2000")
         [[version]] = db.execute("PRAGMA user_version")
         with self._transaction():
             if version != VERSION:
@@ -153,7 +154,13 @@ class Known:
 
     def next_number(self) -> int:
         """For a directory; in any thread."""
-        return next(self._numbers)
+        return self.next_numbers(1)[0]
+
+    def next_numbers(self, count: int) -> range:
+        """For so many directories; in any thread."""
+        with self._lock:
+            first, self._next = self._next, self._next + count
+        return range(first, first + count)
 
     def begin(self, name: str, path: bytes, upto: int) -> int:
         """A layer is going to be walked; changes after record `upto` are told by the journal. Returns its id."""

@@ -39,7 +39,7 @@ REST_S = 10.0
 WALKS_MAX = 2
 """Layers that are walked at the same time."""
 
-STORES_MAX = 4
+STORES_MAX = 2
 """Batches of directories that may wait for the disk."""
 
 ATTEMPTS_MAX = 3
@@ -234,12 +234,12 @@ class Knowledge:
 
     async def _walk_once(self, known: Known, number: int, layer: Layer, worker: Worker, walked: Walked) -> bool:
         """Whether what was stored is what there was when the walk began, and what changed since is told."""
-        told, stores = Told(), _Stores(self._executor, known, number)
+        told, stores = Told(limit=0), _Stores(self._executor, known, number)
         end: asyncio.Future[Exception | None] = self._loop.create_future()
         walked.astray = False
         slices = walk_through(
             layer.watched,
-            Keeper(number=known.next_number, store=stores.put, is_busy=stores.is_busy),
+            Keeper(numbers=known.next_numbers, store=stores.put, is_busy=stores.is_busy),
             walked,
             queued=worker.queued_bytes,
         )

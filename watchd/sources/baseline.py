@@ -20,7 +20,8 @@ from watchd.sources.listing import SLICE_ENTRIES, Budget, joined, pack_state, re
 from watchd.sources.walk import Walk
 from watchd.wire.listing import Listing, is_directory, pack_numbers
 
-BATCH_BYTES = 1 << 18
+BATCH_BYTES = 1 << 17
+BATCH_DIRECTORIES = 500
 
 PAUSE_S = 0.002
 """So long a slice waits for the disk before events are looked after again."""
@@ -51,10 +52,10 @@ class Keeper:
     """Where listings go. All of it is called in the thread of the layer's source."""
 
     def __init__(
-        self, *, number: Callable[[], int], store: Callable[[Rows], None], is_busy: Callable[[], bool]
+        self, *, numbers: Callable[[int], range], store: Callable[[Rows], None], is_busy: Callable[[], bool]
     ) -> None:
-        """`number` gives one for a listing, `store` takes listings and does not wait, `is_busy` asks for a pause."""
-        self.number, self.store, self.is_busy = number, store, is_busy
+        """`numbers` gives so many for listings, `store` takes listings and does not wait, `is_busy` asks for a pause."""
+        self.numbers, self.store, self.is_busy = numbers, store, is_busy
 
 
 def walk_through(
@@ -91,7 +92,7 @@ def _walk(
         # What cannot be read stands empty, and a scan that cannot read it either tells nothing of it.
         walked.astray = walked.astray or error.errno in _VANISHED
 
-    walked.state, walked.root = pack_state(os.fstat(root)), keeper.number()
+    walked.state, walked.root = pack_state(os.fstat(root)), keeper.numbers(1)[0]
     budget = Budget(slice_entries)
     rows: Rows = []
     size = 0
@@ -111,12 +112,12 @@ def _walk(
         except OSError as error:
             failed(directory.path, error)
         directory.descend = [name for name, state in pairs if is_directory(state)]
-        directory.descend_tags = [keeper.number() for _ in directory.descend]
+        directory.descend_tags = keeper.numbers(len(directory.descend))
         listing = Listing(*joined(pairs), pack_numbers(directory.descend_tags))
         rows.append((directory.tag if directory.parent else walked.root, listing))
         walked.entries += len(pairs)
         size += len(listing.names) + len(listing.states)
-        if size >= BATCH_BYTES or len(rows) >= slice_entries:
+        if size >= BATCH_BYTES or len(rows) >= BATCH_DIRECTORIES:
             yield from _hand_over(keeper, rows)
             rows, size = [], 0
     yield from _hand_over(keeper, rows)

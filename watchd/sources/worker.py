@@ -35,6 +35,9 @@ GATHER_RECORDS = 2000
 GATHER_MS = 5
 """After a batch of so many names the next read waits a little, so that the kernel merges more into each record."""
 
+BACKGROUND_PAUSE_MS = 2
+"""Between two slices of a scan in the background the interpreter and the disk are others'."""
+
 STOP_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
@@ -190,7 +193,8 @@ class Worker(threading.Thread):
         """Wait for something to do; on the way to a long sleep, flush and let go of what is open."""
         poll = self._poll
         if self._scans:
-            return {descriptor for descriptor, _ in poll.poll(0)}
+            pause_ms = BACKGROUND_PAUSE_MS if all(scan.background for scan in self._scans) else 0
+            return {descriptor for descriptor, _ in poll.poll(pause_ms)}
         if self._unflushed_ns:
             if ready := poll.poll(FLUSH_MS):
                 return {descriptor for descriptor, _ in ready}
