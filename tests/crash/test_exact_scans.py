@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,45 @@ def test_a_daemon_that_was_stopped_for_a_while_misses_nothing_and_tells_nothing_
 def ancestors(path: bytes) -> list[bytes]:
     parts = path.split(b"/")
     return [b"/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+class Restless(threading.Thread):
+    """Churns from the moment it is made until it is told to end."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self._watched, self._ends = watched, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ends.is_set():
+            self._watched.wilderness.churn(5)
+
+    def end(self) -> None:
+        self._ends.set()
+        self.join()
+
+
+def test_what_happens_while_a_layer_is_walked_or_scanned_is_neither_missed_nor_invented(watched: Watched) -> None:
+    watched.wilderness.grow(300)
+    restless = Restless(watched)
+    watched.daemon.start()
+    watched.daemon.sync()
+    restless.end()
+    watched.settle()
+    for _ in range(3):
+        looked = watched.look()
+        watched.daemon.kill()
+        watched.daemon.start()
+        watched.daemon.sync()
+        watched.assert_told(looked, looked, reason="restart")
+        watched.daemon.kill()
+        watched.wilderness.churn(20)
+        restless = Restless(watched)
+        watched.daemon.start()
+        watched.daemon.sync()
+        restless.end()
+        watched.daemon.sync()
 
 
 def test_a_restart_tells_nothing_where_nothing_happened(watched: Watched) -> None:

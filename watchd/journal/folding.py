@@ -153,7 +153,7 @@ class Folding:
             if old is None:
                 self._cached += 1
             elif is_directory(old):
-                self._detach(node, name, old, change.time_ns)
+                self._remove(node, name, change)
             node.entries[name] = state
             return
         if old is not None and same_object(old, state) and change.kinds & (_ANEW | _RENAME) != _ANEW:
@@ -162,10 +162,9 @@ class Folding:
                 self._fill(change.path, change.inode or 0, number)
             return
         if old is not None and is_directory(old):
-            self._detach(node, name, old, change.time_ns)
+            self._remove(node, name, change)
         is_new = change.kinds & (_CREATE | _RENAME) == _CREATE
-        is_anew = old is not None and is_new and same_object(old, state)  # its inode number was used again
-        number = None if is_anew else self._claim(change, state)
+        number = None if is_new else self._claim(change, state)  # inode numbers are used again
         if number is None and not is_new:  # what is in it was told under its old name
             self.unsettled.expected[change.inode or 0] = (change.path, change.time_ns)
         node.entries[name] = state
@@ -173,6 +172,7 @@ class Folding:
         self._appeared(change.path, with_contents=number is not None or is_new)
 
     def _remove(self, node: Node, name: bytes, change: Change) -> None:
+        """What was there is not there any more."""
         old = node.entries.get(name)
         if old is None:
             if self.unsettled.expected and self._is_expected(change.path.rpartition(b"/")[0]):
@@ -180,11 +180,11 @@ class Folding:
             return
         node.dirty = True
         if is_directory(old):
-            # What was in it may have been renamed out of it, and be told so later.
-            if change.kinds & _RENAME or self._node(node.children[name]).entries:
+            # What was in it may have been renamed out of it, and be told so later; but a scan tells all of what is where now.
+            if change.via != Via.SCAN and (change.kinds & _RENAME or self._node(node.children[name]).entries):
                 self._detach(node, name, old, change.time_ns)
                 return
-            self._forget(node.children.pop(name))
+            self._drop(node.children.pop(name))
         del node.entries[name]
 
     def _detach(self, node: Node, name: bytes, state: bytes, time_ns: int) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.journal.support import write
@@ -13,7 +14,7 @@ from watchd.journal.known import LAYERS_MAX, Known, KnownError, set_aside
 from watchd.journal.reader import extent
 from watchd.journal.segments import segment_path
 from watchd.journal.writer import JournalSettings
-from watchd.records import STATUS, Change, Desync, Kind, Record
+from watchd.records import STATUS, Change, Desync, Kind, Record, Via
 from watchd.wire.listing import Listing, listing_of
 
 FILE, DIRECTORY = 0o100644, 0o040755
@@ -273,3 +274,18 @@ def test_an_entry_takes_less_than_120_bytes_on_disk(fold: Fold) -> None:
     size = fold.path.stat().st_size
     fold.known = fold.open()
     assert size / (2000 * (per_directory + 1)) < 120
+
+
+def test_what_a_scan_tells_as_gone_does_not_come_back_with_what_it_tells_as_created(fold: Fold) -> None:
+    fold.tell(*GROWN)
+    scanned = [
+        gone(b"d", is_dir=True),
+        gone(b"d/e", is_dir=True),
+        gone(b"d/e/f"),
+        directory(b"h", 2),
+        directory(b"h/e", 3),
+        file(b"h/new", 6),
+    ]
+    # An event of the meantime, told before the scan came to what is above.
+    fold.tell(directory(b"h/e", 3, ATTRIB), *(msgspec.structs.replace(change, via=Via.SCAN) for change in scanned))
+    assert fold.tree() == {b"h": (2, 0), b"h/e": (3, 0), b"h/new": (6, 0), b"g": (5, 11)}
