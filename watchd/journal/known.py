@@ -24,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from watchd.errors import JournalError
+from watchd.errors import JournalError, RecordsGoneError
 from watchd.journal.folding import Folding, Unsettled
 from watchd.journal.reader import Follower, NumberedRecord, Position
 from watchd.records import Change
@@ -224,9 +224,22 @@ class Known:
                     self._adapt(upto)
                 self._look()
             total = 0
-            while (count := self._fold_some(upto)) > 0:
+            while True:
+                try:
+                    count = self._fold_some(upto)
+                except RecordsGoneError as gone:
+                    self._forget_behind(gone.last_seq)
+                    continue
+                if not count:
+                    return total
                 total += count
-            return total
+
+    def _forget_behind(self, seq: int) -> None:
+        """Records up to `seq` are gone, and may have told of any layer that had not taken them in."""
+        with self._transaction():
+            for (layer,) in self._db.execute("SELECT id FROM layers WHERE complete AND upto < ?", (seq,)).fetchall():
+                self._delete(layer)
+        self._look()
 
     def _fold_some(self, upto: int) -> int:
         """One transaction."""

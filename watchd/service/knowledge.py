@@ -66,7 +66,7 @@ class Knowledge:
         self._folding = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.on_lost: Callable[[], None] = lambda: None
-        """Told when nothing is known any more of any layer."""
+        """Told when nothing is known any more of some layers."""
 
     async def open(self) -> None:
         """Open the file, setting a damaged one aside. Without it scans go by times; that is said, and no error."""
@@ -117,8 +117,11 @@ class Knowledge:
         async with self._folding:
             known, durable, size = self._known, self._journal.durable_seq, self._journal.bytes
             if known is not None:
+                before = set(known.layers)
                 await self._run(partial(known.fold, durable, epoch=self._journal.epoch))
                 self._folded_seq, self._folded_bytes = durable, size
+                if before - known.layers.keys():  # records that they needed are gone
+                    self.on_lost()
 
     async def keep_folding(self) -> None:
         """Fold when it is time; never returns."""
@@ -182,8 +185,7 @@ class Knowledge:
 
     def walk(self, layer: Layer) -> None:
         """Get to know a layer that is live, in the background, unless it is known."""
-        self.stop_walk(layer)
-        if self._known is None or self.knows(layer) or layer.worker is None:
+        if self._known is None or self.knows(layer) or layer.worker is None or layer.name in self._walks:
             return
         walked = Walked()
         task = self._loop.create_task(self._walk(layer, layer.worker, walked))
