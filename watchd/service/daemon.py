@@ -51,7 +51,7 @@ from watchd.service.notify import close_unused, has_manager, inherited, notify, 
 from watchd.service.patience import in_thread
 from watchd.service.stalelog import StaleLog
 from watchd.service.status import all_cursors, mounts_status, snapshot, state_of, status
-from watchd.service.upkeep import Upkeep, limits_of
+from watchd.service.upkeep import Fold, Upkeep, limits_of
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,10 @@ class Daemon:
         stack.push_async_callback(self._close_journal)
         self._consumers = Consumers(self._journal, config.state_directory)
         self._cursors = Cursors(config.state_directory / DIRECTORY)
-        folds = [self._indexer]
+        self._knowledge = Knowledge(self._journal, config.state_directory)
+        stack.push_async_callback(self._knowledge.close)
+        await self._knowledge.open()
+        folds: list[Fold] = [self._indexer, self._knowledge]
         self._upkeep = Upkeep(self._journal, self._cursors, limits_of(config.journal), folds=folds)
         self._journal.append([Start(time.time_ns(), __version__, _boot_id())])
         tools = Tools(Handles(), Courier(timeout_s=None), DropCaches(int(config.coherence.drop_caches_interval)))
@@ -139,9 +142,6 @@ class Daemon:
             metrics=self._metrics,
         )
         stack.push_async_callback(self._hooks.close)
-        self._knowledge = Knowledge(self._journal, config.state_directory)
-        stack.push_async_callback(self._knowledge.close)
-        await self._knowledge.open()
         names = NameBook({name: mark.path for name, mark in self._journal.recovered.layers.items()})
         self._layers = LayerBook(
             self._journal,

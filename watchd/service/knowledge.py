@@ -107,8 +107,10 @@ class Knowledge:
 
     # ---- folding ----------------------------------------------------------------------------------------------------
 
+    name = "what is known of the layers"
+
     @property
-    def upto(self) -> int:
+    def read_upto(self) -> int:
         """No record up to this number is needed any more; `fold` raises it."""
         return _NOTHING_NEEDED if self._known is None else self._known.upto
 
@@ -122,6 +124,13 @@ class Knowledge:
                 self._folded_seq, self._folded_bytes = durable, size
                 if before - known.layers.keys():  # records that they needed are gone
                     self.on_lost()
+
+    async def read_on(self, upto: int) -> None:
+        """See `watchd.service.upkeep.Fold`. Raises JournalError."""
+        await self.fold()
+
+    def gone_before(self, first_seq: int) -> None:
+        """See `watchd.service.upkeep.Fold`: the next fold finds out by itself."""
 
     async def keep_folding(self) -> None:
         """Fold when it is time; never returns."""
