@@ -115,7 +115,7 @@ class Expected:
 
     masks: dict[bytes, int] = field(default_factory=dict)
     pids: dict[bytes, int] = field(default_factory=dict)
-    children: dict[bytes, tuple[bytes, bytes | None]] = field(default_factory=dict)
+    children: dict[bytes, tuple[bytes, tuple[bytes, ...]]] = field(default_factory=dict)
     renames: dict[bytes, bytes] = field(default_factory=dict)
     overflow: bool = False
 
@@ -124,22 +124,23 @@ class Expected:
             self.overflow = True
         elif isinstance(event, Touched):
             self.name(event.directory + event.name, event.mask, event.pid)
-            self.child(event.child, event.directory + event.name, event.mask, old=None)
+            self.child(event.child, event.directory + event.name, event.mask)
         elif isinstance(event, Renamed):
             old, new = b"".join(event.old), b"".join(event.new)
             self.name(old, event.mask | fan.FAN_MOVED_FROM, event.pid)
             self.name(new, event.mask | fan.FAN_MOVED_TO, event.pid)
             self.renames[new] = old
-            self.child(event.child, new, event.mask, old=old)
+            self.child(event.child, new, event.mask, origin=event.old[0])
 
     def name(self, key: bytes, mask: int, pid: int) -> None:
         self.masks[key] = self.masks.get(key, 0) | mask
         self.pids.setdefault(key, pid)
 
-    def child(self, child: bytes, key: bytes, mask: int, *, old: bytes | None) -> None:
+    def child(self, child: bytes, key: bytes, mask: int, *, origin: bytes | None = None) -> None:
         if child and mask & fan.FAN_ONDIR:
-            first_old = self.children.get(child, (b"", None))[1]
-            self.children[child] = (key, old if first_old is None else first_old)
+            origins = self.children.get(child, (b"", ()))[1]
+            new = () if origin is None or origin in origins else (origin,)
+            self.children[child] = (key, (*origins, *new))
 
 
 def decoded(buffers: Sequence[bytes]) -> Events:

@@ -287,6 +287,26 @@ def test_a_tree_moved_in_and_renamed_before_anybody_looked_is_told_for_a_scan(
     assert batch.moved_in == (MovedIn("base", b"final"),)
 
 
+def test_a_tree_that_is_outside_just_while_its_events_are_looked_at_is_told_for_a_scan(
+    place: Path, root: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "tree").mkdir()
+    source = watch(root)
+    (root / "tree/file").touch()
+
+    def leave() -> None:
+        monkeypatch.undo()
+        (root / "tree").rename(place / "tree")
+
+    monkeypatch.setattr(source._tree, "begin", leave)  # between reading and looking
+    first = source.collect()
+    assert first is not None
+    assert first.is_nothing
+    (place / "tree").rename(root / "tree")
+    (batch,) = batches(source)
+    assert batch.moved_in == (MovedIn("base", b"tree"),)
+
+
 def test_what_came_out_of_a_tree_before_or_after_that_was_moved_in_is_told_for_a_scan(
     place: Path, root: Path, watch: Watch
 ) -> None:

@@ -216,14 +216,14 @@ class FanotifySource:
     def _learn_directories(self, events: Events, linked: set[str]) -> tuple[MovedIn, ...]:
         """Bring the tree up to date before any path is asked of it; returns what came with contents, and adds the layers to
         `linked` into which something came that was not heard until now."""
-        moved: list[tuple[bytes, bytes]] = []
+        moved: list[tuple[bytes, tuple[bytes, ...]]] = []
         root_moved = False
-        for child, (key, first_old) in events.children.items():
+        for child, (key, origins) in events.children.items():
             directory, name = split(key)
-            if first_old is not None:
+            if origins:
                 self._tree.moved(file_handle(child), file_handle(directory), name)
                 root_moved = root_moved or self._tree.is_root(file_handle(child))
-                moved.append((file_handle(child), first_old))
+                moved.append((file_handle(child), origins))
             elif name != b".":
                 self._tree.created(file_handle(child), file_handle(directory), name)
         found = self._moved_in(moved)
@@ -231,18 +231,19 @@ class FanotifySource:
             found += self._hear_again(found, linked)
         return tuple(found)
 
-    def _moved_in(self, moved: list[tuple[bytes, bytes]]) -> list[MovedIn]:
-        """Those directories that came into a layer. Where the one that they came from is now need not be where it was then:
-        it may have come in after them."""
+    def _moved_in(self, moved: list[tuple[bytes, tuple[bytes, ...]]]) -> list[MovedIn]:
+        """Those directories that came into a layer, those too that had left it just before: what was read while they were
+        outside was dropped. Where the one that they came from is now need not be where it was then: it may have come in
+        after them."""
         found: dict[MovedIn, None] = {}
         before = -1
         while before < len(found):
             before = len(found)
-            for handle, old in moved:
-                came_from = self._tree.places(file_handle(split(old)[0])) if old else ()
+            for handle, origins in moved:
+                came_from = [self._tree.places(file_handle(origin)) if origin else () for origin in origins]
                 for place in self._tree.places(handle):
-                    # A root brings nothing into its own layer.
-                    if place.path and not any(_was_there(parent, place.layer, found) for parent in came_from):
+                    stayed = all(any(_was_there(one, place.layer, found) for one in places) for places in came_from)
+                    if place.path and not stayed:  # a root brings nothing into its own layer
                         found[MovedIn(place.layer, place.path)] = None
         return list(found)
 

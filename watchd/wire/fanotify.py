@@ -57,9 +57,9 @@ class Events:
     def __init__(self) -> None:
         self.names: dict[bytes, int] = {}
         """Key of a name (see `split`) -> event mask, with the pid that was seen first above MASK_BITS."""
-        self.children: dict[bytes, tuple[bytes, bytes | None]] = {}
-        """Key of a directory object (fsid and handle) -> key of the name it was last seen under, and of the one it was first
-        renamed from: None if it was not renamed, empty if that is not told."""
+        self.children: dict[bytes, tuple[bytes, tuple[bytes, ...]]] = {}
+        """Key of a directory object (fsid and handle) -> key of the name it was last seen under, and the keys of the
+        directories that it was renamed from, each once; empty where that is not told."""
         self.renames: dict[bytes, bytes] = {}
         """Key of the new name -> key of the old name."""
         self.overflow = False
@@ -166,8 +166,10 @@ def _decode_general(infos: bytes, mask: int, pid: int, events: Events) -> None:
         name = _add(found.get(FAN_EVENT_INFO_TYPE_DFID_NAME), mask, pid, events)
     child = found.get(FAN_EVENT_INFO_TYPE_FID)
     if mask & FAN_ONDIR and child and name:
-        first_old = events.children.get(child, (b"", None))[1]
-        events.children[child] = (name, old if first_old is None else first_old)
+        _, origins = events.children.get(child, (b"", ()))
+        if old is not None and (origin := split(old)[0] if old else b"") not in origins:
+            origins = (*origins, origin)
+        events.children[child] = (name, origins)
 
 
 def _add(body: bytes | None, mask: int, pid: int, events: Events) -> bytes:
