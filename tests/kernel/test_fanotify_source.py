@@ -307,6 +307,27 @@ def test_a_tree_that_is_outside_just_while_its_events_are_looked_at_is_told_for_
     assert batch.moved_in == (MovedIn("base", b"tree"),)
 
 
+def test_what_was_in_a_tree_that_is_removed_while_its_events_are_read_is_told(
+    root: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "a/b").mkdir(parents=True)
+    (root / "a/b/file").touch()
+    source = watch(root)
+    (root / "a/b/file").unlink()
+
+    def remove() -> None:
+        monkeypatch.undo()
+        (root / "a/b").rmdir()
+        (root / "a").rmdir()
+
+    monkeypatch.setattr(source._tree, "begin", remove)  # between reading and looking
+    first = source.collect()
+    assert first is not None
+    assert first.is_nothing
+    (batch,) = batches(source)
+    assert {change.path: change.exists for change in batch.changes} == dict.fromkeys((b"a", b"a/b", b"a/b/file"), False)
+
+
 def test_what_came_out_of_a_tree_before_or_after_that_was_moved_in_is_told_for_a_scan(
     place: Path, root: Path, watch: Watch
 ) -> None:

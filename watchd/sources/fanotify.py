@@ -88,6 +88,8 @@ class FanotifySource:
         self.mutes = Mutes(self._group, self._tree)
         self._barrier = self._mark_barrier(barrier_directory) if barrier_directory else b""
         self._kinds: dict[int, int] = {}
+        self._waiting: _Directories = {}
+        """What happened in directories that were gone when it was read; at most one reading of it."""
         self._knows_commands = shows_our_ids()
         self.is_catching_up = inherited is not None
         """What is read may have waited for so long that its processes' ids are others' by now; until the queue was emptied."""
@@ -182,12 +184,16 @@ class FanotifySource:
         )
 
     def _in_layers(self, directories: _Directories, events: Events) -> list[tuple[bytes, Place, list[Touch]]]:
-        """What lies in layers, with its paths; the rest is only counted."""
+        """What lies in layers, with its paths; the rest is only counted. Where a directory was that is gone is told by its
+        removal, which may be read after what happened in it before: so that waits for one more reading."""
         groups = []
-        for directory, names in directories.items():
+        waited, self._waiting = self._waiting, {}
+        for directory, names in (*waited.items(), *directories.items()):
             handle = file_handle(directory)
             places = self._tree.places(handle)
             if not places:
+                if directory not in waited and self._tree.is_gone(handle):
+                    self._waiting[directory] = names
                 self.mutes.heard(handle, len(names))
             for place in places:
                 groups.append((handle, place, self._touches(place, names, events)))

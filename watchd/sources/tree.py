@@ -90,6 +90,7 @@ class DirectoryTree:
         """An event told that this directory appeared under `name`; believed if nothing better is known."""
         if self._nodes.get(handle) is None and handle not in self._roots:
             self._nodes[handle] = (self._parent(parent), name)
+            self._places.pop(handle, None)
 
     def moved(self, handle: bytes, parent: bytes, name: bytes) -> None:
         """An event told that this directory was renamed: ask the kernel where it is, believe the event if it is gone."""
@@ -99,6 +100,10 @@ class DirectoryTree:
         self._places.clear()
         if not self._learn(handle):
             self._nodes[handle] = (self._parent(parent), name)
+
+    def is_gone(self, handle: bytes) -> bool:
+        """Whether nothing is known of a directory whose places were asked for: it was removed, and its removal not told yet."""
+        return handle not in self._nodes and handle not in self._roots
 
     def is_root(self, handle: bytes) -> bool:
         """Whether a directory is the root of a layer."""
