@@ -52,6 +52,7 @@ class JournalKeeper:
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is given up as soon as the journal has failed. Raises JournalError then."""
         failed, task = self._journal.failed, asyncio.ensure_future(work)
+        task.add_done_callback(_see)
         watched: list[asyncio.Future[Any]] = [failed, task]
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -90,3 +91,9 @@ class JournalKeeper:
             log.warning("a new journal was begun, %s in place of %s; layers are scanned", self._journal.epoch, epoch)
         self._changed()
         self._layers.journal_back()
+
+
+def _see(task: asyncio.Future[Any]) -> None:
+    """Its error is nobody's when it failed just as it was given up, and asyncio would complain of that."""
+    if not task.cancelled():
+        task.exception()
