@@ -134,11 +134,13 @@ def marks_after(entries: Sequence[Entry]) -> dict[str, LayerMark]:
             marks = dict(entry)
             continue
         seq += 1
-        mark = marks.get(entry.layer, LayerMark(b"")) if isinstance(entry, Desync | Resync) else LayerMark(b"")
+        if not isinstance(entry, Desync | Resync):
+            continue
+        mark = marks.get(entry.layer, LayerMark(b"", since_seq=seq))
         if isinstance(entry, Desync):
-            marks[entry.layer] = LayerMark(mark.path, mark.complete_until_ns, seq)
-        elif isinstance(entry, Resync) and entry.closes >= mark.open_desync:
-            marks[entry.layer] = LayerMark(mark.path, mark.complete_until_ns, 0)
+            marks[entry.layer] = LayerMark(mark.path, mark.complete_until_ns, seq, mark.since_seq)
+        elif entry.closes >= mark.open_desync:
+            marks[entry.layer] = LayerMark(mark.path, mark.complete_until_ns, 0, mark.since_seq)
     return marks
 
 

@@ -143,6 +143,34 @@ def test_a_copy_kept_from_changes_is_the_layer(sandbox: Sandbox, daemon: Daemon,
     assert consumer.full == 0, f"seed {seed}"
 
 
+def test_a_layer_that_was_not_watched_at_the_baseline_is_to_be_looked_at_as_a_whole(
+    sandbox: Sandbox, daemon: Daemon
+) -> None:
+    old, new = sandbox.path(b"low"), sandbox.directory(b"new")
+    sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    assert daemon.sync() == []
+
+    def fresh(since: str) -> list[bool]:
+        """Of the answers about all layers, the old one and the new one."""
+        names = {one["path"]: one["name"] for one in daemon.status()["layers"]}
+        named = (("--layer", names.get(os.fsdecode(path), "unheard-of")) for path in (old, new))
+        return [changes(daemon, since, *options)["fresh"] for options in [(), *named]]
+
+    assert daemon.verb("cursor", "set", "before").returncode == 0
+    assert fresh("before") == [False, False, True]
+    os.mkdir(new + b"/unseen")
+    sandbox.overlay(b"another", b"new", upper=b"another.up")
+    assert daemon.sync() == []
+    assert daemon.verb("cursor", "set", "after").returncode == 0
+    assert (fresh("before"), fresh("after")) == ([False, False, True], [False, False, False])
+    for end in (daemon.stop, daemon.kill):
+        end()
+        daemon.start()
+        assert daemon.sync() == []
+        assert (fresh("before"), fresh("after")) == ([False, False, True], [False, False, False])
+
+
 def test_the_daemon_keeps_an_index_that_survives_it_and_tells_who_is_behind(sandbox: Sandbox, daemon: Daemon) -> None:
     merged = sandbox.overlay(b"merged", b"low", upper=b"up")
     os.makedirs(sandbox.path(b"low/usr/lib/huge"))

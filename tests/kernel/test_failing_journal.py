@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -128,6 +129,25 @@ def test_a_journal_that_somebody_removes_is_begun_anew_with_another_epoch(sandbo
     assert [record["reason"] for record in of_type(log, "desync")] == ["limit"]
     assert len(of_type(log, "resync")) == 1
     assert "after" in daemon.changed()
+
+
+def test_numbers_of_a_journal_that_was_removed_mean_nothing_in_the_new_one(sandbox: Sandbox, daemon: Daemon) -> None:
+    sandbox.overlay(b"merged", b"low", upper=b"up")
+    daemon.start()
+    for number in range(100):
+        write(sandbox.path(b"low/%d" % number))
+    assert daemon.sync() == []
+    late = os.fsdecode(sandbox.directory(b"late"))
+    sandbox.overlay(b"another", b"late", upper=b"another.up")
+    assert daemon.sync() == []
+    epoch = daemon.status()["journal"]["epoch"]
+    shutil.rmtree(daemon.home / "state" / "journal")
+    until(lambda: daemon.status()["journal"]["epoch"] != epoch)
+    assert daemon.sync() == []
+    [name] = [layer["name"] for layer in daemon.status()["layers"] if layer["path"] == late]
+    for since, fresh in (("beginning", True), ("now", False)):
+        done = daemon.verb("changes", "--since", since, "--layer", name, "--json")
+        assert json.loads(done.stdout)["fresh"] is fresh, since
 
 
 def test_a_daemon_does_not_start_without_a_journal(sandbox: Sandbox, daemon: Daemon, small_disk: bytes) -> None:

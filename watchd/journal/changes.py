@@ -50,8 +50,9 @@ class Changes(msgspec.Struct, frozen=True):
     cursor: Cursor
     """The baseline to ask from next time: everything up to here is in the answer."""
     fresh: bool
-    """The answer may lack changes, so the consumer has to look at everything: the baseline is older than the journal, or
-    a desync of a layer that was asked for is not closed, or damage has taken records behind it."""
+    """The answer may lack changes, so the consumer has to look at everything: the baseline is older than the journal, a
+    desync of a layer that was asked for is not closed, damage has taken records behind the baseline, or a layer that was
+    named was not watched yet then, or never."""
     entries: tuple[PathEntry | DirectoryEntry, ...]
     """In order of layers and paths, so what is above a path comes before it. No path of a layer comes twice."""
 
@@ -68,7 +69,7 @@ class Question(msgspec.Struct, frozen=True):
     """What is asked for."""
 
     layers: frozenset[str] = frozenset()
-    """Empty for all."""
+    """Empty for all that are watched, whenever that began."""
     prefix: bytes | None = None
     """A path in a layer: the answer is about it and what is below it, and holds its renamed or removed ancestors."""
     dirs: bool = False
@@ -161,7 +162,7 @@ def _look_up(index: Index, *, journal: Path, since: str, cursors: Cursors, asked
         return None
     seq = named.resolve(since, there, cursors)
     behind = max(seq, there.first_seq - 1)
-    fresh = seq + 1 < there.first_seq or state.is_open(asked.layers) or state.last_lost > seq
+    fresh = seq + 1 < there.first_seq or state.is_fresh(seq, asked.layers)
     rows = _rows(index, tail.layers(), behind, asked)
     start = index.position(seq)
     if start and start.seq + 1 < there.first_seq:
@@ -210,7 +211,7 @@ def _read(journal: Path, overview: _Overview, asked: Question) -> Stream:
             with Follower(journal, start) as follower:
                 fold.read(follower)
                 cursor = Cursor(follower.epoch, follower.position.seq)
-            return Stream(cursor, fresh or fold.is_open(), fold.entries())
+            return Stream(cursor, fresh or fold.is_fresh(), fold.entries())
         except RecordsGoneError:
             if isinstance(start, Position):
                 start = overview.since
@@ -240,9 +241,9 @@ class _Fold:
                 elif may_concern(entry):
                     apply(seq, entry)
 
-    def is_open(self) -> bool:
+    def is_fresh(self) -> bool:
         """Whether changes that were asked for may be missing."""
-        return self._state.is_open(self._asked.layers) or self._state.last_lost > self._since
+        return self._state.is_fresh(self._since, self._asked.layers)
 
     def entries(self) -> Iterator[PathEntry | DirectoryEntry]:
         """The answer."""

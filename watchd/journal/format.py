@@ -80,6 +80,9 @@ class LayerMark(msgspec.Struct, frozen=True, array_like=True):
     """Every change of the layer older than this is in the journal; 0 when nothing is known."""
     open_desync: int = 0
     """Sequence number of the last desync that no resync has closed yet, or 0."""
+    since_seq: int = 0
+    """The last sequence number when a source began to watch the layer for the first time: what happened to it before the
+    next record is not known, and no scan finds out. 0 when it was watched from the beginning."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -38,8 +38,8 @@ class JournalState:
             self._desync(entry.layer, seq)
             if not entry.layer and entry.reason == LOST_REASON:
                 self.last_lost = seq
-        elif isinstance(entry, Resync) and entry.closes >= self._mark(entry.layer).open_desync:
-            self._set_open_desync(entry.layer, 0)
+        elif isinstance(entry, Resync) and entry.closes >= self._mark(entry.layer, seq).open_desync:
+            self._set_open_desync(entry.layer, 0, seq)
 
     def apply_all(self, entries: Sequence[Entry], last_seq: int) -> int:
         """Applies entries whose first record has the number `last_seq + 1`; returns the number of the last one."""
@@ -55,9 +55,20 @@ class JournalState:
             self.apply(last, seq)
         return seq
 
-    def is_open(self, layers: Collection[str] = ()) -> bool:
-        """Whether changes of any of `layers`, or of any layer when it is empty, may be missing."""
-        return any(self._mark(name).open_desync for name in layers or self._layers or ("",))
+    def is_fresh(self, since: int, layers: Collection[str] = ()) -> bool:
+        """Whether changes behind the number `since` may be missing of any of `layers`, or when it is empty of any layer
+        that is known."""
+        if self.last_lost > since:
+            return True
+        if layers:
+            return any(self._misses(name, since) for name in layers)
+        opened = [mark.open_desync for mark in self._layers.values()]
+        return any(opened) if opened else bool(self._every_layer)
+
+    def _misses(self, layer: str, since: int) -> bool:
+        """Whether changes of a layer may be missing: all that happened before a source heard of it are."""
+        mark = self._layers.get(layer)
+        return mark is None or bool(mark.open_desync) or 0 < mark.since_seq >= since
 
     def checkpoint(self) -> Checkpoint:
         """The state as a note."""
@@ -74,14 +85,16 @@ class JournalState:
     def _desync(self, layer: str, seq: int) -> None:
         """Opens the layer's gap, with "" that of all layers, of those that are not known yet too."""
         if layer:
-            self._set_open_desync(layer, seq)
+            self._set_open_desync(layer, seq, seq)
             return
         self._every_layer = seq
         for name in self._layers:
-            self._set_open_desync(name, seq)
+            self._set_open_desync(name, seq, seq)
 
-    def _mark(self, layer: str) -> LayerMark:
-        return self._layers.get(layer) or LayerMark(b"", 0, self._every_layer)
+    def _mark(self, layer: str, seq: int) -> LayerMark:
+        """The layer's mark; of one that nothing is known of when the record with the number `seq` tells of it, nothing is
+        known of before."""
+        return self._layers.get(layer) or LayerMark(b"", 0, self._every_layer, seq)
 
-    def _set_open_desync(self, layer: str, seq: int) -> None:
-        self._layers[layer] = msgspec.structs.replace(self._mark(layer), open_desync=seq)
+    def _set_open_desync(self, layer: str, open_desync: int, seq: int) -> None:
+        self._layers[layer] = msgspec.structs.replace(self._mark(layer, seq), open_desync=open_desync)

@@ -80,7 +80,9 @@ class Gaps:
         """A source watches the layer since `started_ns`; what happened before is looked for if the journal knew it, unless
         everything that the journal does not know is still to be read (`unbroken`)."""
         mark = self._marks.get(layer.name)
-        was_there = (mark is not None and mark.path == layer.directory.path) or self._knowledge.knows(layer)
+        is_noted = mark is not None and mark.path == layer.directory.path
+        layer.since_seq = mark.since_seq if mark is not None and is_noted else self._journal.last_seq
+        was_there = is_noted or self._knowledge.knows(layer)
         if unbroken and mark is not None and not mark.open_desync:
             layer.complete_ns = mark.complete_until_ns
             self._live(layer)
@@ -116,7 +118,9 @@ class Gaps:
         for layer in watched:
             if layer.complete_ns:
                 self._marks.pop(layer.name, None)  # so that the longest gone come first
-                self._marks[layer.name] = LayerMark(layer.directory.path, layer.complete_ns, layer.desync_seq)
+                self._marks[layer.name] = LayerMark(
+                    layer.directory.path, layer.complete_ns, layer.desync_seq, layer.since_seq
+                )
         while len(self._marks) > max(MARKS_MAX, len(watched)):
             del self._marks[next(iter(self._marks))]
         self._journal.note(self._marks)
@@ -143,6 +147,7 @@ class Gaps:
 
     def journal_back(self) -> None:
         """The journal is written again: every layer has missed something, and how far it was complete is what is on disk."""
+        self._renumber()
         noted = {**self._marks, **self._journal.recovered.layers}
         for layer in self._watched():
             if not layer.complete_ns:
@@ -161,6 +166,14 @@ class Gaps:
                 self._recover(layer)
             self._untold.discard(layer.name)
         self._tell_of_the_dropped()
+
+    def _renumber(self) -> None:
+        """The journal may have begun anew, and numbers with it."""
+        last_seq = self._journal.last_seq
+        for name, mark in self._marks.items():
+            self._marks[name] = msgspec.structs.replace(mark, since_seq=min(mark.since_seq, last_seq))
+        for layer in self._watched():
+            layer.since_seq = min(layer.since_seq, last_seq)
 
     def _tell_of_the_dropped(self) -> None:
         """Layers that nobody watches any more, since a time when that could not be recorded."""

@@ -37,6 +37,8 @@ class Layer:
     reason: str = ""
     complete_ns: int = 0
     desync_seq: int = 0
+    since_seq: int = 0
+    """See `watchd.journal.format.LayerMark`."""
     scan_again: bool = False
     by_times: bool = False
     """The next scan goes by times, for what is known of the layer could not be read."""

@@ -15,6 +15,7 @@ from tests.conftest import Require
 from tests.unit.journal.support import SMALL_SEGMENTS, change, changes, only_segment, write
 from watchd import cli
 from watchd.journal.changes import collect
+from watchd.journal.format import LayerMark
 from watchd.journal.reader import extent
 from watchd.journal.render import changes_to_json
 from watchd.journal.segments import list_segments, segment_path
@@ -83,7 +84,8 @@ def test_an_answer_of_many_pieces_is_whole(state: Path) -> None:
 
 
 def test_a_consumer_that_has_to_look_at_everything_is_told_and_still_gets_what_is_known(state: Path) -> None:
-    write(state / "journal", [[Desync(1, "base", "overflow")]])
+    marks = {"base": LayerMark(b"/b"), "other": LayerMark(b"/o")}
+    write(state / "journal", [[marks, Desync(1, "base", "overflow")]])
     result = run(state, "changes", "--since", "beginning", "--layer", "base")
     assert (result.exit_code, len(result.stdout.splitlines())) == (0, 3)
     assert "look at everything" in result.stderr

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 from hypothesis import strategies as st
 
+from watchd.journal.format import LayerMark
 from watchd.journal.writer import Journal, JournalSettings
 from watchd.records import Action, Change, Damage, Desync, Record, Resync, Start, Stop
 
@@ -24,13 +25,26 @@ def changes(count: int, start: int = 1) -> list[Change]:
     return [change(number) for number in range(start, start + count)]
 
 
-def write(directory: Path, commits: Iterable[Sequence[Record]], settings: JournalSettings = AT_ONCE) -> None:
+Entry = Record | Mapping[str, LayerMark]
+"""What is appended, or noted."""
+
+
+def put(journal: Journal, entries: Iterable[Entry]) -> None:
+    """Queues them in order."""
+    for entry in entries:
+        if isinstance(entry, Mapping):
+            journal.note(entry)
+        else:
+            journal.append([entry])
+
+
+def write(directory: Path, commits: Iterable[Sequence[Entry]], settings: JournalSettings = AT_ONCE) -> None:
     """Writes each of `commits` with a commit of its own."""
 
     async def run() -> None:
         journal = await Journal.open(directory, settings)
-        for records in commits:
-            journal.append(records)
+        for entries in commits:
+            put(journal, entries)
             await journal.flush()
         await journal.close()
 

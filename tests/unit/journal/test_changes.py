@@ -10,6 +10,7 @@ import pytest
 from tests.unit.journal.support import SMALL_SEGMENTS, change, changes, write
 from watchd.errors import UsageError
 from watchd.journal.changes import DirectoryEntry, PathEntry, collect
+from watchd.journal.format import LayerMark
 from watchd.journal.reader import extent
 from watchd.journal.render import changes_to_json
 from watchd.journal.segments import list_segments, segment_path
@@ -195,8 +196,24 @@ def test_the_cursor_of_an_answer_is_the_next_baseline(tmp_path: Path) -> None:
 def test_an_answer_is_fresh_while_a_gap_of_its_layers_is_open(
     tmp_path: Path, records: list[Record], layers: list[str], since: str, *, fresh: bool
 ) -> None:
-    write(tmp_path / "journal", [records], SMALL_SEGMENTS)
+    marks = {"base": LayerMark(b"/b"), "other": LayerMark(b"/o")}
+    write(tmp_path / "journal", [[marks, *records]], SMALL_SEGMENTS)
     assert collect(tmp_path, since, layers=frozenset(layers)).fresh is fresh
+
+
+def test_a_layer_is_fresh_for_every_baseline_from_before_it_was_watched(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    marks = {"base": LayerMark(b"/b")}
+    write(journal, [[marks, *changes(4)], [{**marks, "new": LayerMark(b"/n", 1, 0, 4)}, *changes(3)]], SMALL_SEGMENTS)
+    epoch = extent(journal).epoch
+
+    def fresh(since: int, *layers: str) -> bool:
+        return collect(tmp_path, f"{epoch}:{since}", layers=frozenset(layers)).fresh
+
+    assert [fresh(since, "new") for since in range(8)] == [True] * 5 + [False] * 3
+    assert [fresh(since, "new", "base") for since in range(8)] == [True] * 5 + [False] * 3
+    assert not any(fresh(since, "base") or fresh(since) for since in range(8))
+    assert all(fresh(since, "unknown") for since in range(8))
 
 
 def test_an_answer_is_fresh_when_its_baseline_is_older_than_the_journal(tmp_path: Path) -> None:

@@ -28,12 +28,12 @@ SEED = 0x12345678
 
 HEADER_HEX = "5741544348444a0a010000000102030405060708070000000000000000002a36fe9c97171ce5685b"
 FRAMES_HEX = (
-    "53dbfc66150000000600000000000000f5d58101980181a46261736593c4022f6c040203c200000000c0b3d5c54100000007"
-    "00000000000000f5d501009d0105a462617365c40261ff05c3c2c4016209cd012cc402736801c42400010203040506070809"
-    "0a0b0c0d0e0f101112131415161718191a1b1c1d1e1f2021222332b90e580e0000000800000000000000f5d50200940206a4"
-    "62617365a56c696d6974"
+    "3cdeddd6160000000600000000000000f5d58101980181a46261736594c4022f6c04020103c200000000c0b3d5c541000000"
+    "0700000000000000f5d501009d0105a462617365c40261ff05c3c2c4016209cd012cc402736801c424000102030405060708"
+    "090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f2021222332b90e580e0000000800000000000000f5d50200940206"
+    "a462617365a56c696d6974"
 )
-WITHOUT_STATUS_HEX = (
+OLDER_HEX = (
     "44ebba3b110000000600000000000000f5d58101940181a46261736593c4022f6c040203c2db9267901b0000000700000000"
     "000000f5d501009c0105a462617365c40261ff05c3c2c4016209cd012cc40273680132b90e580e0000000800000000000000"
     "f5d50200940206a462617365a56c696d6974"
@@ -41,7 +41,7 @@ WITHOUT_STATUS_HEX = (
 
 checkpoints = st.builds(
     Checkpoint,
-    st.dictionaries(st.text("abc", max_size=3), st.builds(LayerMark, st.binary(max_size=9), st.integers(0, 9))),
+    st.dictionaries(st.text("abc", max_size=3), st.builds(LayerMark, st.binary(max_size=9), *[st.integers(0, 9)] * 3)),
     st.integers(0, 2**63),
     st.booleans(),
     st.integers(0, 2**63),
@@ -67,15 +67,16 @@ def numbered(items: list[Entry], last_seq: int = 0) -> list[tuple[int, Entry]]:
 def test_bytes_of_version_1_never_change() -> None:
     header = encode_header(b"\1\2\3\4\5\6\7\x08", 7, 1_700_000_000_000_000_000)
     record = Change(5, "base", b"a\xff", 5, True, False, b"b", 9, 300, b"sh", 1, bytes(range(36)))
-    frames = encode_frames([Checkpoint({"base": LayerMark(b"/l", 4, 2)}, 3), record, Desync(6, "base", "limit")], 6,
+    frames = encode_frames([Checkpoint({"base": LayerMark(b"/l", 4, 2, 1)}, 3), record, Desync(6, "base", "limit")], 6,
                            seed=decode_header(header).crc, synced=True)  # fmt: skip
     assert header.hex() == HEADER_HEX
     assert frames.hex() == FRAMES_HEX
 
 
-def test_a_field_that_a_record_was_written_without_has_its_default() -> None:
+def test_fields_that_were_not_there_yet_when_something_was_written_have_their_defaults() -> None:
     seed = decode_header(bytes.fromhex(HEADER_HEX)).crc
-    (_, record), _ = decoded(bytes.fromhex(WITHOUT_STATUS_HEX), 6, seed)[1:]
+    (_, checkpoint), (_, record), _ = decoded(bytes.fromhex(OLDER_HEX), 6, seed)
+    assert checkpoint == Checkpoint({"base": LayerMark(b"/l", 4, 2, 0)}, 3)
     assert record == Change(5, "base", b"a\xff", 5, True, False, b"b", 9, 300, b"sh", 1, None)
 
 

@@ -18,7 +18,7 @@ from tests.unit.journal.support import SMALL_SEGMENTS, changes, flip, only_segme
 from watchd.errors import JournalError
 from watchd.journal import appender
 from watchd.journal.changes import collect
-from watchd.journal.format import FRAME_HEADER_BYTES, HEADER_BYTES
+from watchd.journal.format import FRAME_HEADER_BYTES, HEADER_BYTES, LayerMark
 from watchd.journal.reader import extent, read
 from watchd.journal.recovery import lock, recover
 from watchd.journal.repair import Repaired, repair
@@ -142,6 +142,25 @@ def test_a_baseline_before_what_was_lost_is_fresh_for_good_and_a_later_one_is_no
     for since, fresh in ((0, True), (seq - 1, True), (seq, False), (25, False)):
         assert collect(tmp_path, f"{epoch}:{since}").fresh is fresh
     assert recover(directory).checkpoint.lost == seq
+
+
+def test_a_layer_that_comes_after_a_repair_is_known_from_then_on(tmp_path: Path) -> None:
+    directory = tmp_path / "journal"
+    write(directory, [changes(20), changes(5, 50)], SMALL_SEGMENTS)
+    epoch = extent(directory).epoch
+    path = paths(directory)[0]
+    _, begin, _ = frames(path)[5]
+    flip(path, begin + 30)
+    repaired(directory)
+    last = extent(directory).last_seq
+
+    def fresh(since: int, *layers: str) -> bool:
+        return collect(tmp_path, f"{epoch}:{since}", layers=frozenset(layers)).fresh
+
+    assert fresh(last)
+    assert fresh(last, "new")
+    write(directory, [[{"new": LayerMark(b"/n", 1, 0, last)}, *changes(3, 70)]])
+    assert (fresh(last, "new"), fresh(last + 1, "new"), fresh(last)) == (True, False, False)
 
 
 def test_a_torn_tail_is_no_damage(directory: Path) -> None:
