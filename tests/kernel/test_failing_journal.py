@@ -134,16 +134,18 @@ def test_a_journal_that_somebody_removes_is_begun_anew_with_another_epoch(sandbo
 def test_numbers_of_a_journal_that_was_removed_mean_nothing_in_the_new_one(sandbox: Sandbox, daemon: Daemon) -> None:
     sandbox.overlay(b"merged", b"low", upper=b"up")
     daemon.start()
-    for number in range(100):
-        write(sandbox.path(b"low/%d" % number))
-    assert daemon.sync() == []
+    for action in (write, os.unlink):
+        for number in range(100):
+            action(sandbox.path(b"low/%d" % number))
+        assert daemon.sync() == []
     late = os.fsdecode(sandbox.directory(b"late"))
     sandbox.overlay(b"another", b"late", upper=b"another.up")
     assert daemon.sync() == []
-    epoch = daemon.status()["journal"]["epoch"]
+    before = daemon.status()["journal"]
     shutil.rmtree(daemon.home / "state" / "journal")
-    until(lambda: daemon.status()["journal"]["epoch"] != epoch)
+    until(lambda: daemon.status()["journal"]["epoch"] != before["epoch"])
     assert daemon.sync() == []
+    assert daemon.status()["journal"]["last_seq"] < before["last_seq"] - 10
     [name] = [layer["name"] for layer in daemon.status()["layers"] if layer["path"] == late]
     for since, fresh in (("beginning", True), ("now", False)):
         done = daemon.verb("changes", "--since", since, "--layer", name, "--json")
