@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -29,6 +29,19 @@ from watchd.records import Kind
 ANYTHING = int(sum(Kind))
 STRUCTURE, ATTRIB = int(Kind.CREATE), int(Kind.ATTRIB)
 NOT_CACHED = -errno.EAGAIN
+
+
+class Busy:
+    """Has something done before each listing of the layers, and counts these."""
+
+    def __init__(self, view: View, happens: Callable[[int], None]) -> None:
+        self._listing, self._happens, self.count = view.union.listing, happens, 0
+        view.union.listing = self  # type: ignore[method-assign]
+
+    def __call__(self, path: bytes) -> dict[bytes, bool]:
+        self.count += 1
+        self._happens(self.count)
+        return self._listing(path)
 
 
 class Merged:
@@ -345,6 +358,29 @@ def test_a_listing_that_somebody_holds_is_stale_for_everybody(merged: Merged) ->
     merged.invalidate()
     assert merged.kind(b"d", STRUCTURE, acted=True) is None
     assert b"new" in os.listdir(merged(b"d"))
+
+
+def test_a_directory_that_changes_while_it_is_compared_is_neither_stale_nor_compared_again(merged: Merged) -> None:
+    os.listdir(merged(b"d"))
+    with merged.view() as view:
+        busy = Busy(view, lambda count: os.close(os.open(merged.layers[0] + b"/d/%d" % count, os.O_CREAT)))
+        assert not view.lists_otherwise(b"d")
+        assert busy.count == 1
+        os.unlink(merged.layers[0] + b"/d/1")
+        busy = Busy(view, lambda count: None)
+        assert not view.lists_otherwise(b"d")
+        assert busy.count == 1
+
+
+def test_a_held_listing_is_found_stale_at_one_comparison_though_its_directory_goes_on_changing(merged: Merged) -> None:
+    held = os.open(merged(b"d"), os.O_RDONLY)
+    os.listdir(held)
+    write(merged.layers[0] + b"/d/new")
+    with merged.view() as view:
+        busy = Busy(view, lambda count: os.unlink(write(merged.layers[0] + b"/d/passing")))
+        assert view.lists_otherwise(b"d")
+        assert busy.count == 1
+    os.close(held)
 
 
 def test_a_directory_in_use_whose_listing_is_right_is_not_called_stale(merged: Merged) -> None:

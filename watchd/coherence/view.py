@@ -297,10 +297,7 @@ class View:
         if descriptor < 0:
             return False
         try:
-            # Twice, because it may change between the two looks of one comparison.
-            return self.union.is_merged(directory) and all(
-                self.lists_other_names(directory, descriptor) for _ in range(2)
-            )
+            return self.union.is_merged(directory) and self.lists_other_names(directory, descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return False
         finally:
@@ -420,13 +417,19 @@ class View:
         """Whether a directory of the merged mount (open by O_PATH) lists other names than its layers have to be listed.
 
         Raises LayerError, OSError."""
-        listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)
-        try:
-            shown, true = set(_names(os.listdir(listing))), set(self.union.listing(path))
-        finally:
-            os.close(listing)
+        differing = _listed(descriptor) ^ self.union.listing(path).keys()
+        if not differing:
+            return False
+        # The larger the directory, the likelier it changed between the two: only what differs is looked at again.
         prefix = path + b"/" if path else b""
-        return bool(shown - true) or not all(self._lacks_content(prefix + name) for name in true - shown)
+        there = {name: self.union.exists(prefix + name) for name in differing}
+        shown = _listed(descriptor)
+        return any(
+            is_there != (name in shown)
+            and is_there == self.union.exists(prefix + name)
+            and not (is_there and self._lacks_content(prefix + name))
+            for name, is_there in there.items()
+        )
 
     def _lacks_content(self, path: bytes) -> bool:
         """Whether it is a file whose content is gone: directories that the upper has part in leave it out of their listings."""
@@ -446,8 +449,13 @@ def _inspect_attributes(descriptor: int, real: int) -> Finding:
     return Finding(True, "permission" if access_differs(descriptor, real) else None, program)
 
 
-def _names(listing: Iterable[str]) -> Iterator[bytes]:
-    return (os.fsencode(name) for name in listing)
+def _listed(descriptor: int) -> set[bytes]:
+    """The names that a directory, open by O_PATH, lists now. Raises OSError."""
+    listing = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)
+    try:
+        return set(map(os.fsencode, os.listdir(listing)))
+    finally:
+        os.close(listing)
 
 
 def _beginning(descriptor: int) -> bytes | None:

@@ -72,7 +72,8 @@ SYNC_ROUNDS = 4
 REASONS_SHOWN = 3
 
 SYNC_PAUSES_S = (0.01, 0.03, 0.1)
-"""What somebody just opened for a moment seems held: before `sync` says so it looks again after these."""
+"""What somebody just opened for a moment seems held: before `sync` says so it looks again after these, and just once where a
+look takes longer than all of them, as at a directory with very many names."""
 
 SWITCH_INTERVAL_S = 0.0001
 """How long a busy thread keeps the interpreter from another one that was woken; Python's default of 5 ms would be most of
@@ -408,13 +409,15 @@ class Daemon:
 
     async def _settle(self, levels: Sequence[Sequence[Mount]], deadline_ns: int) -> None:
         """Wait until all was verified; what is stale is looked at again a few times. Raises TimeoutError."""
+        enough_at = time.monotonic() + sum(SYNC_PAUSES_S)
         for pause_s in (*SYNC_PAUSES_S, None):
+            is_last = pause_s is None or (pause_s != SYNC_PAUSES_S[0] and time.monotonic() > enough_at)
             for level in levels:
                 devices = [mount.overlay.device for mount in level]
                 if not await in_thread(partial(self._engine.settle, devices, deadline_ns), name="settle"):
                     raise TimeoutError
             states = {state_of(mount, self._engine).state for level in levels for mount in level}
-            if pause_s is None or not states & {"stale", "pinned"}:
+            if pause_s is None or is_last or not states & {"stale", "pinned"}:
                 return
             await asyncio.sleep(pause_s)
 
