@@ -24,7 +24,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -162,13 +162,25 @@ class Union:
 
     def listing(self, path: bytes) -> dict[bytes, bool]:
         """The names of a merged directory and whether each is a directory. Raises OSError."""
-        return {name: is_dir for batch in self.names(path) for name, is_dir, listed in batch if listed}
+        listed: dict[bytes, bool] = {}
+        unlisted: set[bytes] = set()
+        for batch in self._names(path, lambda _, name: name in listed or name in unlisted):
+            for name, is_dir, is_listed in batch:
+                if is_listed:
+                    listed[name] = is_dir
+                else:
+                    unlisted.add(name)
+        return listed
 
     def names(self, path: bytes) -> Iterator[list[Name]]:
         """Every name that a layer's part of a merged directory has, whiteouts too, each once and in no order.
 
         Of a directory of any size only a batch is held, and other paths may be asked for between two batches. Raises OSError.
         """
+        return self._names(path, _has_any)
+
+    def _names(self, path: bytes, is_hidden: Callable[[Sequence[_Member], bytes], bool]) -> Iterator[list[Name]]:
+        """`is_hidden` tells whether any of the parts above has a name."""
         members = self._members(path)
         alone = len(members) == 1 and self._marks.value(members[0].descriptor, "origin") is None
         for position in range(len(members)):
@@ -184,7 +196,7 @@ class Union:
                         yield [
                             self._named(entry, listing, plain=alone, marked=marked)
                             for entry in found
-                            if not _has_any(above, os.fsencode(entry.name))
+                            if not is_hidden(above, os.fsencode(entry.name))
                         ]
             finally:
                 os.close(listing)
