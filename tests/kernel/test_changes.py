@@ -14,11 +14,14 @@ import pytest
 from tests.kernel.running import Daemon, Json
 from tests.kernel.sandbox import Sandbox
 from tests.soak import rounds
+from watchd.journal.changes import collect
 from watchd.journal.index import consult
 from watchd.kernel.files import RENAME_EXCHANGE, renameat2
 
 ROUNDS = 12
 STEPS = 12
+ASKED = 4
+"""Paths that are asked for by themselves in each round."""
 NAMES = [b"a", b"b", b"c", b"a-b"]
 AT_FDCWD = -100
 
@@ -51,11 +54,16 @@ class Consumer:
 
     def catch_up(self) -> None:
         answer = changes(self._daemon, "copy")
+        before = self.tree
         if answer["fresh"]:
             self.tree = read_tree(self._root)
             self.full += 1
         for entry in answer["entries"]:
             self._take_over(os.fsencode(entry["path"]), recursive=entry.get("recursive", False))
+        for path in sorted({path for path, _ in before.items() ^ self.tree.items()})[-ASKED:]:
+            for dirs in (False, True):
+                told = collect(self._daemon.home / "state", "copy", prefix=path, dirs=dirs)
+                assert told.entries or (dirs and before.get(path, b"") is not None), (path, dirs)
         assert self._daemon.verb("cursor", "set", "copy", answer["cursor"]).returncode == 0
 
     def _take_over(self, path: bytes, *, recursive: bool) -> None:
@@ -89,9 +97,10 @@ class Chaos:
             self._exchange,
             self._remove,
             self._away,
+            self._supplant,
         ]
         with contextlib.suppress(OSError):  # there is no such name, or another kind of thing
-            self._chance.choices(kinds, [5, 3, 4, 1, 1, 1])[0]()
+            self._chance.choices(kinds, [5, 3, 4, 1, 1, 1, 1])[0]()
 
     def _path(self) -> bytes:
         return os.path.join(self._root, *self._chance.choices(NAMES, k=self._chance.randint(1, 3)))
@@ -111,6 +120,15 @@ class Chaos:
 
     def _remove(self) -> None:
         shutil.rmtree(self._path())
+
+    def _supplant(self) -> None:
+        """A file in the place of what was there."""
+        path, outside = self._path(), os.path.join(os.path.dirname(self._root), b"supplanted")
+        os.rename(path, outside)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+        shutil.rmtree(outside, ignore_errors=True)
+        if os.path.lexists(outside):
+            os.unlink(outside)
 
     def _away(self) -> None:
         """Out of the layer, and in again under another name."""
@@ -141,6 +159,29 @@ def test_a_copy_kept_from_changes_is_the_layer(sandbox: Sandbox, daemon: Daemon,
         consumer.catch_up()
         assert consumer.tree == read_tree(low), f"seed {seed}, round {number}"
     assert consumer.full == 0, f"seed {seed}"
+
+
+@pytest.mark.parametrize("backend", ["fanotify", "inotify"])
+def test_a_directory_that_left_and_has_a_file_in_its_place_in_one_reading_took_all_below_along(
+    sandbox: Sandbox, daemon: Daemon, backend: str
+) -> None:
+    daemon.configure(sources={"backend": backend})
+    sandbox.overlay(b"merged", b"low", upper=b"up")
+    low = sandbox.path(b"low")
+    os.makedirs(low + b"/d/e/f")
+    daemon.start()
+    assert daemon.sync() == []
+    assert daemon.verb("cursor", "set", "here").returncode == 0
+    daemon.pause()
+    os.rename(low + b"/d", sandbox.path(b"outside"))
+    os.close(os.open(low + b"/d", os.O_CREAT | os.O_WRONLY))
+    daemon.resume()
+    assert daemon.sync() == []
+    for options in ((), ("--dirs",)):
+        [entry] = changes(daemon, "here", "--path", "d/e/f", *options)["entries"]
+        assert (entry["path"], entry["recursive"]) == ("d", True)
+    [entry] = changes(daemon, "here", "--path", "d")["entries"]
+    assert (entry["exists"], entry["is_dir"]) == (True, False)
 
 
 def test_a_layer_that_was_not_watched_at_the_baseline_is_to_be_looked_at_as_a_whole(

@@ -2,6 +2,8 @@
 
 Facts: a record says where to look, never what is true now. Names are looked up one component at a time below a descriptor of
 their directory and never followed, so nothing in a layer can lead elsewhere.
+
+What this means for us: where something else is now, that a directory went, with everything below it, has to be said apart.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from watchd.sources.who import Commands
 SELF = b"."
 
 _ATTRIB, _EVENT = int(Kind.ATTRIB), int(Via.EVENT)  # flags are slow
+_WENT = int(Kind.DELETE | Kind.RENAME)
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -73,6 +76,8 @@ def look(
                 exists = status.st_nlink > 0  # 0: a directory that was removed while somebody holds it open
                 is_dir, inode = stat.S_ISDIR(status.st_mode), status.st_ino
                 packed = pack_status(status) if exists else None
+                if exists and touch.was_dir and not is_dir and touch.kinds & _WENT:
+                    changes.append(Change(time_ns, layer, touch.path, touch.kinds & _WENT, False, True))
                 if linked is not None and touch.kinds & _ATTRIB and status.st_nlink > 1 and not is_dir:
                     linked.add(layer)
         changes.append(
