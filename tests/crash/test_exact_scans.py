@@ -53,10 +53,10 @@ class Watched:
 
     def assert_told(self, before: Snapshot, after: Snapshot, *, reason: str, since: int = 0) -> None:
         """The last desync of the journal was closed by exactly the differences between two looks."""
-        log = self.daemon.log()
+        log = self.daemon.log(is_whole=False)
         desync = [record for record in log if record["type"] == "desync" and record["seq"] > since][-1]
         [resync] = [record for record in log if record["type"] == "resync" and record["closes"] == desync["seq"]]
-        told = [record for record in log[desync["seq"] : resync["seq"]] if is_news(record)]
+        told = [record for record in log if desync["seq"] < record["seq"] < resync["seq"] and is_news(record)]
         expected = differences(before, after)
         for path in only_tagged(before, after) - {path_of(record) for record in told}:
             del expected[path]
@@ -65,7 +65,7 @@ class Watched:
         assert len(told) == len(expected) == resync["differences"]
         assert {record["via"] for record in told} <= {"scan"}
         assert {path_of(record) for record in told if record["exists"]} == expected.keys() & after.keys()
-        rest = [record for record in log[resync["seq"] :] if is_news(record)]
+        rest = [record for record in log if record["seq"] > resync["seq"] and is_news(record)]
         assert rest == [], "told behind the resync"
 
     @property
@@ -92,6 +92,23 @@ def test_a_daemon_that_was_killed_tells_exactly_what_happened_meanwhile(watched:
     watched.start()
     for _ in range(3):
         watched.churn_live(60)
+        before = watched.look()
+        watched.daemon.kill()
+        watched.wilderness.churn(40)
+        after = watched.look()
+        watched.daemon.start()
+        watched.daemon.sync()
+        watched.assert_told(before, after, reason="restart")
+
+
+def test_what_retention_removes_is_known_before(watched: Watched) -> None:
+    watched.daemon.configure(journal={"segment_size": "4KiB", "retain_size": "16KiB", "max_delay": "1ms"})
+    watched.start()
+    for _ in range(3):
+        first = first_seq = watched.daemon.status()["journal"]["first_seq"]
+        while first_seq == first:
+            watched.churn_live(20)
+            first_seq = watched.daemon.status()["journal"]["first_seq"]
         before = watched.look()
         watched.daemon.kill()
         watched.wilderness.churn(40)
