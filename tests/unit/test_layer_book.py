@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -67,10 +66,11 @@ class CountingJournal:
 
     def __init__(self) -> None:
         self.recovered = type("Recovered", (), {"layers": {}})()
-        self._numbers = itertools.count(1)
+        self.last_seq = 0
 
     def append(self, records: object) -> int:
-        return next(self._numbers)
+        self.last_seq += 1
+        return self.last_seq
 
     def note(self, marks: object) -> None: ...
 
