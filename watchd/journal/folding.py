@@ -65,6 +65,8 @@ class Unsettled(msgspec.Struct, array_like=True):
     """Inode of a directory that was renamed from a place that is not known -> where it is now, and when."""
     waiting: list[Change] = []
     """Changes below directories that are not there yet."""
+    together: list[Change] = []
+    """Changes that are not applied yet, since others that were looked at together with them may follow."""
 
 
 class Node:
@@ -262,11 +264,17 @@ class Folding:
             self._remove(node, name, change)
         is_new = change.kinds & (_CREATE | _RENAME) == _CREATE
         number = self._claim(node, name, change) if change.kinds & _RENAME else None  # inode numbers are used again
-        if number is None and not is_new and change.from_path not in self._told:  # what is in it is told under its old name
+        if number is None and not is_new and self._is_from_elsewhere(change):
             self.unsettled.expected[change.inode or 0] = (change.path, change.time_ns)
         node.entries[name] = state
         node.children[name] = self._new().number if number is None else number
         self._appeared(change.path, with_contents=number is not None or is_new)
+
+    def _is_from_elsewhere(self, change: Change) -> bool:
+        """Whether there may be more to know of a directory when another change is told: what became of its old name."""
+        if change.kinds & _RENAME:  # without an old name it came from outside, or was made here
+            return change.from_path is not None and change.from_path not in self._told
+        return True
 
     def _remove(self, node: Node, name: bytes, change: Change) -> None:
         """What was there is not there any more."""
@@ -486,8 +494,14 @@ def _top_down(changes: Iterable[Change]) -> list[Change]:
     for change in changes:
         known = told.get(change.path)
         if known is not None:
+            seen, other = (known, change) if known.exists and not change.exists else (change, known)
             change = msgspec.structs.replace(
-                change, kinds=known.kinds | change.kinds, from_path=change.from_path or known.from_path
+                seen, kinds=known.kinds | change.kinds, from_path=seen.from_path or other.from_path
             )
         told[change.path] = change
     return sorted(told.values(), key=lambda change: change.path.count(b"/") if change.path else -1)
+
+
+def looked_at_together(change: Change, other: Change) -> bool:
+    """Whether two changes that follow one another are of one batch of events; a source gives all of these one time."""
+    return change.time_ns == other.time_ns and change.via == other.via == Via.EVENT

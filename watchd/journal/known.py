@@ -25,7 +25,7 @@ from typing import Final
 import msgspec
 
 from watchd.errors import JournalError, RecordsGoneError
-from watchd.journal.folding import Folding, Unsettled
+from watchd.journal.folding import Folding, Unsettled, looked_at_together
 from watchd.journal.reader import Follower, NumberedRecord, Position
 from watchd.records import Change
 from watchd.wire.listing import CHILD_BYTES, STATE_BYTES, Listing
@@ -249,7 +249,7 @@ class Known:
         with self._transaction(), self._follower(start) as follower:
             layers = {row[1]: _Layer(self, row) for row in self._rows()}
             last_ns, last, count = 0, start, 0
-            done = False
+            done, records = False, []
             while not done and count < COMMIT_RECORDS:
                 here = follower.position
                 records = follower.poll()
@@ -264,8 +264,9 @@ class Known:
                         layer.apply(seq, record)
                     last_ns, last = record.time_ns, seq
                 count += len(records)
+            is_end = done or last >= upto or not records
             for layer in layers.values():
-                layer.write(last_ns)
+                layer.write(last_ns, is_end=is_end)
             self._db.execute("UPDATE layers SET upto = ? WHERE complete AND upto < ?", (last, last))
             position = here if done else follower.position
             self._db.execute(
@@ -353,6 +354,7 @@ class _Layer:
         self._known = known
         self._folding = Folding(self, root, state, _decode(unsettled))
         self._is_touched = False
+        self._together: list[Change] = self._folding.unsettled.together
         self.load, self.delete, self.next_number = known.load, known.delete, known.next_number
 
     def apply(self, seq: int, change: Change) -> None:
@@ -360,7 +362,13 @@ class _Layer:
         if seq <= self.upto:
             return
         self._is_touched = True
-        self._folding.apply(change)
+        if self._together and not looked_at_together(self._together[-1], change):
+            self._apply()
+        self._together.append(change)
+
+    def _apply(self) -> None:
+        self._folding.apply(self._together)
+        self._together.clear()
         if self._folding.is_full():
             self._folding.write()
 
@@ -368,9 +376,11 @@ class _Layer:
         """See `watchd.journal.folding.Store`."""
         self._known.save(self.id, number, listing)
 
-    def write(self, now_ns: int) -> None:
-        """Write what came of it."""
-        if self._is_touched:
+    def write(self, now_ns: int, *, is_end: bool) -> None:
+        """Write what came of it; unless this `is_end`, there may be more that belongs to the last changes."""
+        if self._is_touched or self._together:
+            if is_end and self._together:
+                self._apply()
             self._folding.settle(now_ns)
             self._folding.write()
             self._known.save_layer(self.id, self._folding.root, self._folding.state, self._folding.unsettled)

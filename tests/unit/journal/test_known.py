@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ class Fold:
         self.journal, self.path = home / "journal", home / "known.db"
         write(self.journal, [])
         self.known = self.open()
+        self._times = itertools.count(2)
         self.learn("base")
 
     def open(self) -> Known:
@@ -63,8 +65,12 @@ class Fold:
         self.known.store(number, [(root, Listing())])
         self.known.complete(number, root, (1).to_bytes(8, "little") + status(is_dir=True))
 
-    def tell(self, *records: Record, settings: JournalSettings = SMALL) -> None:
-        """Record and fold."""
+    def tell(self, *records: Record) -> None:
+        """Record and fold changes that were looked at one after the other."""
+        self.tell_together(*(msgspec.structs.replace(record, time_ns=next(self._times)) for record in records))
+
+    def tell_together(self, *records: Record, settings: JournalSettings = SMALL) -> None:
+        """Record and fold changes that were looked at at one time."""
         write(self.journal, [[record] for record in records], settings)
         self.fold(extent(self.journal).last_seq)
 
@@ -132,7 +138,7 @@ def test_the_halves_of_a_rename_may_be_folded_at_different_times_and_by_differen
     fold.tell(gone(b"d", RENAME, is_dir=True))
     assert fold.tree() == {b"g": (5, 11)}
     fold.reopen()
-    fold.tell(directory(b"h", 2, RENAME))
+    fold.tell(directory(b"h", 2, RENAME, b"d"))
     assert fold.tree() == {b"h": (2, 0), b"h/e": (3, 0), b"h/e/f": (4, 10), b"g": (5, 11)}
 
 
@@ -151,7 +157,7 @@ def test_two_directories_that_were_exchanged_keep_what_is_theirs(fold: Fold) -> 
 
 def test_a_directory_taken_out_of_one_that_was_removed_keeps_what_is_below(fold: Fold) -> None:
     fold.tell(*GROWN)
-    fold.tell(gone(b"d", is_dir=True), gone(b"d/e", RENAME, is_dir=True), directory(b"k", 3, RENAME, b"d/e"))
+    fold.tell_together(gone(b"d", is_dir=True), gone(b"d/e", RENAME, is_dir=True), directory(b"k", 3, RENAME, b"d/e"))
     assert fold.tree() == {b"k": (3, 0), b"k/f": (4, 10), b"g": (5, 11)}
 
 
