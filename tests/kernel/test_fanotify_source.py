@@ -245,6 +245,27 @@ def test_a_directory_renamed_and_deleted_before_it_was_met_still_has_a_path(root
     assert {b"a", b"b", b"b/sub", b"b/sub/file"} <= paths(source)
 
 
+def test_names_of_a_removed_directory_are_told_as_they_are_in_the_one_that_took_its_place(
+    root: Path, watch: Watch
+) -> None:
+    for path in ("old/sub", "old/only", "new/sub"):
+        (root / path).mkdir(parents=True)
+    (root / "old/sub/file").touch()
+    (root / "new/sub/file").touch()
+    source = watch(root)
+    shutil.rmtree(root / "old")
+    (root / "new").rename(root / "old")
+    found = {change.path: change for change in changes(source)}
+    assert {path: change.exists for path, change in found.items()} == {
+        b"old": True,
+        b"new": False,
+        b"old/sub": True,
+        b"old/sub/file": True,
+        b"old/only": False,
+    }
+    assert found[b"old/sub/file"].inode == (root / "old/sub/file").stat().st_ino
+
+
 def test_below_a_renamed_directory_the_new_path_is_told(root: Path, watch: Watch) -> None:
     (root / "a/b/c").mkdir(parents=True)
     (root / "target").mkdir()

@@ -281,8 +281,11 @@ class FanotifySource:
         self, groups: list[tuple[bytes, Place, list[Touch]]], commands: Commands | None, now_ns: int, linked: set[str]
     ) -> list[Change]:
         changes: list[Change] = []
+        nothing: set[bytes] = set()
         for handle, place, touches in groups:
             descriptor = self._tree.open(handle)
+            if descriptor is None:  # another directory may be where it was, and the same names in it
+                descriptor = self._tree.open_instead(handle, nothing)
             try:
                 changes += look(descriptor, place.layer, touches, now_ns, linked=linked, commands=commands)
             finally:

@@ -133,6 +133,30 @@ class DirectoryTree:
                 return open_by_handle_at(anchor, handle, flags=os.O_PATH | os.O_DIRECTORY)
         return None
 
+    def open_instead(self, handle: bytes, nothing: set[bytes]) -> int | None:
+        """An owned O_PATH descriptor of the directory that is now where one was that is gone, None if there is none.
+
+        `nothing` remembers, from one call to the next, where there is none."""
+        gone: list[tuple[bytes, bytes]] = []
+        while (descriptor := self.open(handle)) is None:
+            node = self._nodes.get(handle)
+            if node is None or handle in nothing or handle in self._roots:
+                nothing.update(child for child, _ in gone)
+                return None
+            gone.append((handle, node[1]))
+            handle = node[0]
+        while gone:
+            above, (_, name) = descriptor, gone[-1]
+            try:
+                descriptor = os.open(name, _PARENT_FLAGS | os.O_NOFOLLOW, dir_fd=above)
+            except OSError:
+                nothing.update(child for child, _ in gone)
+                return None
+            finally:
+                os.close(above)
+            gone.pop()
+        return descriptor
+
     def _parent(self, handle: bytes) -> bytes:
         return self._parents.setdefault(handle, handle)
 
