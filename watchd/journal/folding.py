@@ -367,7 +367,11 @@ class Folding:
         for inode, (path, _) in list(self.unsettled.expected.items()):
             parent, _, name = path.rpartition(b"/")
             node = self._resolve(parent)
-            if node is not None and _has(node, name, inode) and (number := self._extract(inode, node, name)) is not None:
+            if (
+                node is not None
+                and _has(node, name, inode)
+                and (number := self._extract(inode, node, name)) is not None
+            ):
                 self._fill(path, inode, number)
 
     def _merge(self, number: int, into: int) -> None:

@@ -99,9 +99,9 @@ class Renames:
         self._touched[name] = kinds | int(kind), was_dir or thing.is_dir
 
     def _new(self) -> Name:
-        return self._random.choice([self._root, *(thing for thing in self.things() if thing.is_dir)]), self._random.choice(
-            NAMES
-        )
+        return self._random.choice(
+            [self._root, *(thing for thing in self.things() if thing.is_dir)]
+        ), self._random.choice(NAMES)
 
     def _make(self) -> None:
         parent, name = self._new()

@@ -170,6 +170,75 @@ def test_a_directory_that_ends_up_in_one_that_was_below_it_is_followed(fold: Fol
     assert fold.tree() == {b"e": (3, 0), b"e/f": (4, 10), b"e/d": (2, 0), b"g": (5, 11)}
 
 
+def test_what_was_told_of_a_removed_directory_does_not_reach_the_one_that_was_moved_away_before(fold: Fold) -> None:
+    fold.tell(*GROWN, directory(b"o", 7), file(b"o/e", 8))
+    fold.tell_together(  # exchanged, d removed with what was in it, and something made in o
+        gone(b"d/e", is_dir=True),
+        gone(b"d", RENAME | DELETE, is_dir=True),
+        file(b"o/e", 9, kinds=CREATE | DELETE),
+        directory(b"o", 2, RENAME, b"d"),
+    )
+    assert fold.tree() == {b"o": (2, 0), b"o/e": (9, 0), b"g": (5, 11)}
+
+
+def test_a_removal_told_in_vain_does_not_wait_for_a_directory_that_takes_the_name_later(fold: Fold) -> None:
+    fold.tell(*GROWN)
+    fold.tell_together(gone(b"h/e", CREATE | DELETE, is_dir=True), gone(b"h", CREATE | DELETE, is_dir=True))
+    fold.tell_together(directory(b"h", 2, RENAME, b"d"), gone(b"d", RENAME, is_dir=True))
+    assert fold.tree() == {b"h": (2, 0), b"h/e": (3, 0), b"h/e/f": (4, 10), b"g": (5, 11)}
+
+
+def test_a_directory_that_was_made_and_renamed_at_once_does_not_wait_for_what_was_in_it(fold: Fold) -> None:
+    fold.tell_together(directory(b"d", 2, RENAME, b"t"), gone(b"t", CREATE | RENAME, is_dir=True))
+    fold.tell_together(directory(b"d/e", 3), file(b"d/e/f", 4, 10))
+    fold.tell_together(directory(b"d", 7, CREATE | RENAME), directory(b"h", 2, RENAME, b"d"))
+    fold.tell_together(directory(b"d", 2, RENAME, b"h"), directory(b"h", 7, RENAME, b"d"))
+    assert fold.tree() == {b"d": (2, 0), b"d/e": (3, 0), b"d/e/f": (4, 10), b"h": (7, 0)}
+
+
+def test_a_new_directory_with_the_inode_number_of_a_removed_one_does_not_inherit_what_was_in_that(fold: Fold) -> None:
+    fold.tell(*GROWN)
+    fold.tell_together(
+        gone(b"d/e", is_dir=True),
+        gone(b"d", is_dir=True),
+        gone(b"t", CREATE | RENAME, is_dir=True),
+        directory(b"h", 2, RENAME, b"t"),
+    )
+    assert fold.tree() == {b"h": (2, 0), b"g": (5, 11)}
+
+
+def test_a_directory_that_was_outside_of_the_layer_begins_with_what_is_told_then(fold: Fold) -> None:
+    fold.tell(*GROWN)
+    fold.tell(gone(b"d", RENAME, is_dir=True))
+    fold.tell(directory(b"d", 2, RENAME), directory(b"d/new", 6))
+    assert fold.tree() == {b"d": (2, 0), b"d/new": (6, 0), b"g": (5, 11)}
+
+
+def test_of_two_words_about_a_name_at_one_time_the_one_of_what_is_there_holds(fold: Fold) -> None:
+    fold.tell(*GROWN, directory(b"o", 7))
+    fold.tell_together(
+        directory(b"d/x", 8), directory(b"d", 7, RENAME | DELETE, b"o"), gone(b"d/x"), gone(b"o", RENAME, is_dir=True)
+    )
+    assert fold.tree() == {b"d": (7, 0), b"d/x": (8, 0), b"g": (5, 11)}
+
+
+@pytest.mark.parametrize("records", [1, 2, 3])
+def test_changes_that_were_looked_at_together_are_folded_together_in_several_transactions(
+    fold: Fold, monkeypatch: pytest.MonkeyPatch, records: int
+) -> None:
+    fold.tell(*GROWN)
+    monkeypatch.setattr("watchd.journal.known.COMMIT_RECORDS", records)
+    fold.tell_together(
+        directory(b"e/d", 2, RENAME, b"d"),
+        gone(b"e/d/e", RENAME, is_dir=True),
+        file(b"e/d/new", 6),
+        gone(b"d", RENAME, is_dir=True),
+        directory(b"e", 3, RENAME, b"e/d/e"),
+    )
+    expected = {b"e": (3, 0), b"e/f": (4, 10), b"e/d": (2, 0), b"e/d/new": (6, 0), b"g": (5, 11)}
+    assert fold.tree() == expected
+
+
 def test_a_directory_made_anew_under_its_name_begins_empty_even_with_the_same_inode(fold: Fold) -> None:
     fold.tell(*GROWN, directory(b"d", 2, CREATE | DELETE))
     assert fold.tree() == {b"d": (2, 0), b"g": (5, 11)}
