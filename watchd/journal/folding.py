@@ -3,12 +3,15 @@
 A change says what is at a path now, so the last word about a path wins, and applying one twice changes nothing. What needs care
 is what a change says of other paths:
 
-* A directory that is gone takes with it what is below, but for what was renamed. So its tree is set aside for a while under its
-  inode number. The change of a new name may stand before or after: the tree is taken from `from`, if that still is the same
-  object, or from what was set aside, or as soon as that happens.
+* What was looked at together is named by where everything is by then, in any order, while what is known tells where it was. So
+  every directory that is not where it was is set aside first, under its inode number, and then all is put in place from the root
+  down. The parent of a name is found by the inode numbers that were told of the directories above it.
+* A directory that is gone takes with it what is below, but for what was renamed: that is looked for in what was set aside.
+* A rename of which only one half is told yet (a batch may be cut by a fold, inotify may read the other half later): what was set
+  aside waits for its new name, a new name for what was in it, and a change below it for the directory. Not for ever, and a
+  removal not below a directory that was told as gone with it: what comes to its path later is another one.
 * A directory that appears otherwise begins empty: what is in it is told by changes that follow.
-* A change may stand before the rename of a directory above it, for sources name what they read by where it is at the end of a
-  batch. It waits until that directory is there.
+* Inode numbers are used again. What was removed under its old name is not taken for what has its number now.
 """
 
 from __future__ import annotations
