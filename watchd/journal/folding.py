@@ -3,12 +3,12 @@
 A change says what is at a path now, so the last word about a path wins, and applying one twice changes nothing. What needs care
 is what a change says of other paths:
 
-* What was looked at together is named by where everything is by then, in any order, while what is known tells where it was. So
-  every directory that is not where it was is set aside first, under its inode number, and then all is put in place from the root
-  down. The parent of a name is found by the inode numbers that were told of the directories above it.
+* What was looked at together is named by where everything is by then, in any order; what is known tells where it was. So every
+  directory that is not where it was is set aside first, under its inode number, and then all is placed from the root down.
+  The parent of a name is found by the inode numbers that were told of the directories above it.
 * A directory that is gone takes with it what is below, but for what was renamed: that is looked for in what was set aside.
-* A rename of which only one half is told yet (a batch may be cut by a fold, inotify may read the other half later): what was set
-  aside waits for its new name, a new name for what was in it, and a change below it for the directory. Not for ever, and a
+* A rename with one half told so far (a fold may cut a batch, inotify may read the other half later): what is set aside
+  waits for its new name, a new name for what was in it, and a change below it for the directory. Not for ever, and a
   removal not below a directory that was told as gone with it: what comes to its path later is another one.
 * A directory that appears otherwise begins empty: what is in it is told by changes that follow.
 * Inode numbers are used again. What was removed under its old name is not taken for what has its number now.
@@ -126,7 +126,7 @@ class Folding:
             self._apply(change)
             if self._ready:
                 self._apply_ready()
-        if kinds & _NAMES:
+        if kinds & _NAMES or self._taken or self._searched:
             self._forget_removed(changes[-1].time_ns)
 
     def _apply_ready(self) -> None:
@@ -234,6 +234,8 @@ class Folding:
         unsettled = self.unsettled
         if unsettled.aside:
             self._fill_expected()
+            self._inside.clear()
+            self._searched.clear()
         self._apply_ready()
         aside = sorted(unsettled.aside.items(), key=lambda item: item[1][1])
         kept = [item for item in aside if item[1][1] >= since_ns][-ASIDE_MAX:]
