@@ -8,6 +8,7 @@ both names, of a renamed one) nothing is as it was, however deep. That is kept a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from watchd.records import Change, Kind
@@ -35,6 +36,10 @@ class Directories:
     def __init__(self) -> None:
         self._own: dict[str, dict[bytes, int]] = {}
         self._whole: dict[str, dict[bytes, int]] = {}
+
+    def __len__(self) -> int:
+        """How many hold a change themselves."""
+        return sum(map(len, self._own.values()))
 
     def apply(self, seq: int, change: Change) -> None:
         """Takes the change with the number `seq` into account; numbers must ascend. Costs little: ancestors come later."""
@@ -66,11 +71,10 @@ class Directories:
         own, whole = self._own[layer], self._whole.get(layer, {})
         below: dict[bytes, int] = {}
         # The latest first: an ancestor that has a number already has one that is at least as high, and so have its own.
-        for path, seq in sorted(own.items(), key=lambda item: -item[1]):
-            for directory in up_from(path):
-                if directory in below:
-                    break
-                below[directory] = seq
+        for path, seq in sorted(own.items(), key=itemgetter(1), reverse=True):
+            while path not in below:
+                below[path] = seq
+                path = path.rpartition(b"/")[0]
         return {path: Directory(own.get(path, 0), seq, whole.get(path, 0)) for path, seq in below.items()}
 
 

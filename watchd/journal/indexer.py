@@ -1,9 +1,9 @@
 """The thread that keeps the index: it takes in what was committed, and reads the journal where that does not follow.
 
-Commits are handed over in memory and folded about once a second, in one transaction. Whatever does not follow directly
-on what is in the index is read from the journal instead: at the start, when more came than may wait, and when the
-journal was opened again. So there is one rule for all of them: how far the index has read is compared with where a
-commit begins.
+Commits are handed over in memory and folded at once; what comes of them is written about once a second, in one
+transaction. Whatever does not follow directly on what is in the index is read from the journal instead: at the start,
+when more came than may wait, and when the journal was opened again. So there is one rule for all of them: how far the
+index has read is compared with where a commit begins.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ INTERVAL_S: Final = 1.0
 
 WAITING_MAX: Final = 200_000
 """More entries than so many do not wait in memory; they are read from the journal."""
+
+TAKE_IN: Final = 4096
+"""So many entries are folded together: one line for each directory takes less memory than the entries do."""
+
+DIRECTORIES_MAX: Final = 8192
+"""With so many directories in memory a transaction comes sooner."""
 
 STEP: Final = 200_000
 """So many records that are read from the journal make a transaction."""
@@ -135,26 +141,29 @@ class Indexer(threading.Thread):
         return bool(self._closing)
 
     def _keep(self, index: IndexWriter) -> None:
-        fold = _Fold(index, self._journal, disk=self._disk, is_late=self.is_late)
+        fold, due = _Fold(index, self._journal, disk=self._disk, is_late=self.is_late), 0.0
         while True:
-            commits, dropped, prune_before, closing = self._take()
+            commits, dropped, prune_before, closing = self._take(may_wait=fold.is_flushed)
             for commit in commits:
                 fold.take_in(commit)
             if dropped:
                 fold.read()
-            fold.flush()
-            self.read_upto = fold.position.seq
+            if closing or dropped or prune_before or fold.is_full or time.monotonic() >= due:
+                fold.flush()
+                self.read_upto, due = fold.position.seq, time.monotonic() + INTERVAL_S
             if prune_before:
                 index.prune(prune_before)
             if closing:
                 return
             with self._wake:
-                self._wake.wait_for(lambda: self._is_closing() or self._waiting > WAITING_MAX // 4, INTERVAL_S)
+                pause_s = max(due - time.monotonic(), 0.0)
+                self._wake.wait_for(lambda: self._is_closing() or self._waiting >= TAKE_IN, pause_s)
 
-    def _take(self) -> tuple[list[Commit], bool, int, bool]:
-        """Waits for something to do, and what that is."""
+    def _take(self, *, may_wait: bool) -> tuple[list[Commit], bool, int, bool]:
+        """Waits for something to do, if it may, and what that is."""
         with self._wake:
-            self._wake.wait_for(lambda: self._commits or self._dropped or self._prune_before or self._is_closing())
+            if may_wait:
+                self._wake.wait_for(lambda: self._commits or self._dropped or self._prune_before or self._is_closing())
             taken = list(self._commits), self._dropped, self._prune_before, self._is_closing()
             self._commits.clear()
             self._waiting, self._dropped, self._prune_before = 0, False, 0
@@ -187,6 +196,16 @@ class _Fold:
         self._directories = Directories()
         self._index.clear()
         self._begin(epoch, position, JournalState())
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether all of it is in the index."""
+        return self.position == self._flushed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is so much that it is time to `flush`."""
+        return len(self._directories) > DIRECTORIES_MAX
 
     def take_in(self, commit: Commit) -> None:
         """A commit, from memory if it follows on what is known."""
@@ -231,7 +250,7 @@ class _Fold:
 
     def flush(self) -> None:
         """Puts it into the index."""
-        if self.position == self._flushed:
+        if self.is_flushed:
             return
         with Segment(self._journal, self.position.segment, disk=self._disk) as segment:
             crc = segment.header.crc

@@ -33,6 +33,9 @@ FOLD_INTERVAL_S = 1.0
 FOLD_BYTES = 32 << 20
 """So much of the journal may be unfolded; it is folded in 1 to 2 s, which a scan may have to wait for."""
 
+BUSY_FOLD_BYTES = 4 * FOLD_BYTES
+"""So much while records come all the time: who tells of them needs the interpreter."""
+
 REST_S = 10.0
 """When nothing was recorded for so long, what there is is folded."""
 
@@ -64,6 +67,7 @@ class Knowledge:
         self._turns = asyncio.Semaphore(WALKS_MAX)
         self._folded_seq = self._folded_bytes = 0
         self._folding = asyncio.Lock()
+        self._may_walk = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.on_lost: Callable[[], None] = lambda: None
         """Told when nothing is known any more of some layers."""
@@ -133,13 +137,14 @@ class Knowledge:
         """See `watchd.service.upkeep.Fold`: the next fold finds out by itself."""
 
     async def keep_folding(self) -> None:
-        """Fold when it is time; never returns."""
+        """Walk layers and fold when it is time, from now on; never returns."""
+        self._may_walk.set()
         last_seq, rested_s = self._journal.last_seq, 0.0
         while True:
             await asyncio.sleep(FOLD_INTERVAL_S)
             rested_s = rested_s + FOLD_INTERVAL_S if self._journal.last_seq == last_seq else 0.0
             last_seq = self._journal.last_seq
-            is_much = self._journal.bytes - self._folded_bytes > FOLD_BYTES
+            is_much = self._journal.bytes - self._folded_bytes > (FOLD_BYTES if rested_s else BUSY_FOLD_BYTES)
             if is_much or (rested_s >= REST_S and self._folded_seq < last_seq):
                 try:
                     await self.fold()
@@ -216,6 +221,7 @@ class Knowledge:
 
     async def _walk(self, layer: Layer, worker: Worker, walked: Walked) -> None:
         pause_s, attempts = 1.0, 0
+        await self._may_walk.wait()  # the start comes first
         while self._known is not None:
             async with self._turns:
                 is_done = await self._try_to_walk(self._known, layer, worker, walked)

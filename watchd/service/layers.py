@@ -351,12 +351,14 @@ class LayerBook:
         intake.wait_for_room(worker)
         if batch.look is not None:
             batch.changes += batch.look()
+        batch.look = batch.suspects = None  # what they hold would wait with the batch
         self._knowledge.heard(batch.changes)
         intake.doubt(batch.linked)
         if batch.changes or batch.complete_ns:
             intake.call(self._record, number, worker, batch)
         intake.worked(rounds)
-        intake.call(self._recorded, worker, batch.moved_in, kept.ledger.told() if kept is not None else 0)
+        if kept is not None or batch.moved_in:
+            intake.call(self._recorded, worker, batch.moved_in, kept.ledger.told() if kept is not None else 0)
         if batch.barriers:
             intake.call(self._barriers.reached, worker, batch.barriers)
 

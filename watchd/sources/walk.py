@@ -50,6 +50,7 @@ class Directory:
     descend_tags: Sequence[int] = ()
     """Their tags, where whoever walks knows them by then."""
     identity: tuple[int, int] | None = None
+    _packed: bytes = b""
     counts_links: bool = False
 
     def child(self, name: bytes) -> bytes:
@@ -59,6 +60,15 @@ class Directory:
     def is_leaf(self) -> bool:
         """Whether this surely has no subdirectories, known without listing it; False may mean anything. Raises OSError."""
         return self.parent is not None and self.parent.counts_links and os.fstat(self.descriptor).st_nlink == 2
+
+    def pack(self) -> None:
+        """Its turn to be descended into comes later: a tenth of the memory holds its names until then."""
+        self._packed, self.descend = b"\0".join(self.descend), []
+
+    def unpack(self) -> None:
+        """Its turn has come."""
+        if self._packed:
+            self._packed, self.descend = b"", self._packed.split(b"\0")
 
     def close(self) -> None:
         """Close the descriptor, if it is open."""
@@ -110,6 +120,7 @@ class Walk:
                     self._newest = None
                 if not self._reopen(parent):
                     continue
+                parent.unpack()
                 for name, tag in zip(parent.descend, chain(parent.descend_tags, repeat(0)), strict=False):
                     child = self._enter(parent.descriptor, name, Directory(parent.child(name), name, parent, tag=tag))
                     if child is not None:
@@ -158,6 +169,7 @@ class Walk:
         self._pending.append(directory)
         if self._newest is not None:
             self._newest.close()
+            self._newest.pack()
         self._newest = directory
 
     def _reopen(self, directory: Directory) -> bool:

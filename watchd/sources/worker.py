@@ -38,6 +38,9 @@ GATHER_MS = 5
 BACKGROUND_PAUSE_MS = 2
 """Between two slices of a scan in the background the interpreter and the disk are others'."""
 
+BACKGROUND_WAIT_S = 0.1
+"""And it goes on only while there is nothing to collect, or after so long, even if events never stop."""
+
 STOP_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
@@ -81,6 +84,8 @@ class Worker(threading.Thread):
         self._broken = False
         self._held = held
         self._unflushed_ns = 0
+        self._background_at = 0.0
+        """When a scan in the background went on last; CLOCK_MONOTONIC, seconds."""
         self.busy_since = 0.0
         """When the step began that the thread is at, CLOCK_MONOTONIC in seconds; 0 while it rests."""
         self._lock = threading.Lock()
@@ -181,10 +186,11 @@ class Worker(threading.Thread):
         self.busy_since = time.monotonic()
         if self._wake in ready:
             self._run_work()
-        if not self._broken and self.source.fileno() in ready:
+        collects = not self._broken and self.source.fileno() in ready
+        if collects:
             self._guard(self._collect)
-        if self._scans:  # even if events never stop
-            self._continue_scan(min(self._scans, key=lambda scan: scan.background))
+        if (scan := self._next_scan(after_events=collects)) is not None:
+            self._continue_scan(scan)
         if self._broken:
             with contextlib.suppress(KeyError):
                 self._poll.unregister(self.source.fileno())
@@ -236,6 +242,18 @@ class Worker(threading.Thread):
             self._broken = True
             self._sink.lost(self, error)
             self._flush()
+
+    def _next_scan(self, *, after_events: bool) -> _Scan | None:
+        """The one whose turn it is, even if events never stop."""
+        if not self._scans:
+            return None
+        scan = min(self._scans, key=lambda scan: scan.background)
+        if scan.background:
+            now = time.monotonic()
+            if after_events and now - self._background_at < BACKGROUND_WAIT_S:
+                return None
+            self._background_at = now
+        return scan
 
     def _continue_scan(self, scan: _Scan) -> None:
         try:
