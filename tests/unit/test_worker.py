@@ -13,6 +13,7 @@ import pytest
 
 from watchd.errors import WatchdError
 from watchd.records import Change, Kind
+from watchd.sources import worker as worker_module
 from watchd.sources.base import Batch, WatchedLayer
 from watchd.sources.worker import GATHER_RECORDS, Worker
 
@@ -330,6 +331,35 @@ def test_a_scan_in_the_background_lets_others_go_first(told: Told, worker: Worke
     worker.scan(iter_of([]), lambda changes: None, done("urgent"))
     may_go_on.set()
     assert [told.until("done")[-1] for _ in range(2)] == [("done", "urgent"), ("done", "background")]
+
+
+def test_a_scan_in_the_background_does_not_hold_up_events(
+    source: PipeSource, told: Told, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "BACKGROUND_WAIT_S", 3600.0)
+
+    def slices() -> Generator[list[Change], None, None]:
+        source.write(*[b"event"] * 20)
+        yield []
+        told.say("slice")
+        yield []
+
+    worker.scan(slices(), lambda changes: None, lambda error: told.say("done"), background=True)
+    assert [what for what, _ in told.until("slice") if what == "batch"] == ["batch"] * 20
+    told.until("done")
+
+
+def test_a_scan_in_the_background_ends_even_if_events_never_do(
+    source: PipeSource, told: Told, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "BACKGROUND_WAIT_S", 0.001)
+    ended = threading.Event()
+    source.collected = lambda: source.write(b"one more")
+    source.write(b"the first")
+    told.until("batch")
+    worker.scan(iter_of([], []), lambda changes: None, lambda error: ended.set(), background=True)
+    assert ended.wait(PATIENCE_S)
+    source.collected = lambda: None
 
 
 def iter_of(*slices: list[Change]) -> Generator[list[Change], None, None]:

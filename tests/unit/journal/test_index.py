@@ -381,6 +381,27 @@ def test_what_waits_too_long_is_read_from_the_journal(tmp_path: Path, monkeypatc
     assert consult(tmp_path, lambda index: index.mark.position.seq) == 40
 
 
+def test_many_directories_do_not_wait_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexer_module, "INTERVAL_S", 3600.0)
+    monkeypatch.setattr(indexer_module, "TAKE_IN", 1)
+    monkeypatch.setattr(indexer_module, "DIRECTORIES_MAX", 3)
+
+    async def run() -> None:
+        indexer = Indexer(tmp_path, tmp_path / "journal")
+        journal = await Journal.open(tmp_path / "journal", SMALL_SEGMENTS, on_commit=indexer.committed)
+        indexer.start()
+        for number in range(8):
+            path = b"%d/name" % number
+            journal.append([Change(1, "base", path, int(Kind.CREATE), True, False)])
+            await journal.flush()
+        await asyncio.to_thread(wait_for, indexer, 5)
+        indexer.close()
+        await journal.close()
+
+    asyncio.run(run())
+    assert consult(tmp_path, lambda index: index.mark.position.seq) == 8
+
+
 def wait_for(indexer: Indexer, seq: int) -> None:
     deadline = time.monotonic() + 20
     while indexer.read_upto < seq:
