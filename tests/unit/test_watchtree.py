@@ -57,3 +57,18 @@ def test_an_ended_watch_does_not_take_the_name_from_its_successor() -> None:
     watches.place(3, 1, b"a")
     watches.forget(2)
     assert watches.wd_at(1, b"a") == 3
+
+
+def test_a_directory_below_one_that_left_is_in_the_layer_only_while_the_other_half_of_the_rename_may_come() -> None:
+    watches = tree((2, 1, b"a"), (3, 2, b"b"))
+    assert watches.is_rooted(3, but_for=frozenset())
+    watches.leave(1, b"a")
+    assert not watches.is_rooted(3, but_for=frozenset())
+    assert watches.is_rooted(3, but_for=frozenset({2}))
+    assert not watches.is_rooted(9, but_for=frozenset())
+
+
+def test_contradicting_renames_are_not_taken_for_a_departure() -> None:
+    watches = tree((2, 1, b"a"), (3, 2, b"b"))
+    watches.place(2, 3, b"a")
+    assert watches.is_rooted(2, but_for=frozenset())

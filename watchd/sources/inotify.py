@@ -8,7 +8,8 @@ Facts and what they mean for us
   best: inotify_add_watch of a directory that is watched gives its watch descriptor again.
 * A walk sees the tree later than the events that were queued before it ended, so those may contradict it. A walk that did not
   find what it looked for was led astray by a rename that is still in the queue: until the queue was emptied once after
-  that, a directory that was renamed is walked again.
+  that, a directory that was renamed is walked again. What happened in a directory that was not found, or that a namesake took
+  the place of, is held until that rename was read (`watchd.sources.held`).
 * The watch of a directory that was moved out of the layer goes on; it is removed when its other half has not come by the next
   `idle`. Removing a watch queues IN_IGNORED, so many are removed in slices, lest that overflows the queue.
 * RENAME_EXCHANGE of a and b queues MOVED_FROM a, MOVED_TO b, MOVED_FROM b, MOVED_TO a: what left b with the third is what had
@@ -40,6 +41,7 @@ from watchd.errors import LayerError, UnsupportedError
 from watchd.kernel.files import O_PATH_DIRECTORY
 from watchd.records import Change, Kind, pack_status
 from watchd.sources.base import Batch, MovedIn, WatchedLayer
+from watchd.sources.held import Held
 from watchd.sources.look import SELF, Place, Touch, look
 from watchd.sources.walk import Directory, Walk, join, open_below
 from watchd.sources.watchtree import ROOT, WatchTree
@@ -162,7 +164,9 @@ class InotifySource:
         self._root = self._barrier = self._clone_descriptor = -1
         self._departures: dict[int, Key] = {}
         self._departed: dict[int, int] = {}
+        self._departing: frozenset[int] = frozenset()
         self._retired: deque[int] = deque()
+        self._held = Held()
         self._astray = False
         """Since the queue was last emptied, a directory was not found where it was looked for."""
         if barrier_directory is not None:
@@ -193,6 +197,7 @@ class InotifySource:
             return
         self._layer = None
         self._root = -1
+        self._held.clear()
         self._retired.extend(self._tree.keep(set()))
         self._retire()
         self._let_go()
@@ -200,15 +205,19 @@ class InotifySource:
     def recover(self) -> None:
         """Walk the layer again: watch what was missed, drop what is gone. Tells nothing of what it finds: scan for that."""
         self._departures, self._departed = {}, {}
+        self._held.clear()
         if self._layer is not None:
             self._retired.extend(self._tree.keep(self._watch_everything()))
             self._retire()
 
     def idle(self) -> None:
-        """Drop the watches of what left the layer, and let go of the layer."""
+        """Drop the watches of what left the layer, and let go of the layer. What is held is tried once more soon."""
         self._retired.extend(self._tree.lost())
         self._retire()
         self._let_go()
+        if self._held:
+            self._held.expect_nothing()
+            self._become_readable()
 
     def close(self) -> None:
         """Give up the instance with all its watches."""
@@ -228,8 +237,18 @@ class InotifySource:
         if self._layer is not None:
             batch.records[self._layer.name] = events.records - len(barriers)
             self._process(self._layer, events, batch, time_ns=time_ns, astray=astray)
+        self._wait_for_held(batch)
         self._retire()
         return batch
+
+    def _wait_for_held(self, batch: Batch) -> None:
+        """The batch is not complete, nor are barriers reached, before what is held was looked at or counts as lost."""
+        if self._held:
+            batch.complete_ns = 0
+        if batch.overflow or self._held.is_in_vain:
+            batch.overflow = True
+            self._held.clear()
+        batch.barriers = self._held.release(batch.barriers)
 
     def _read(self) -> tuple[Events, int, bool]:
         """What is queued, up to a bound; the time before the last read; whether that emptied the queue."""
@@ -250,10 +269,15 @@ class InotifySource:
                 return events, time_ns, False
 
     def _process(self, layer: WatchedLayer, events: Events, batch: Batch, *, time_ns: int, astray: bool) -> None:
-        arrivals, ended = self._follow(events.steps)
-        found = _Found(layer.name, time_ns, events.names)
-        for key, arrival in arrivals.items():
-            self._settle(key, arrival, found, astray=astray)
+        arrivals, ended = self._follow(events.steps, self._held.take(events))
+        self._departing = frozenset(self._departed.values())
+        found = _Found(layer.name, time_ns, events)
+        # One that was not found may lie in another that came from outside: once more when all of those are placed.
+        left = {key: way for key, way in arrivals.items() if not self._settle(key, way, found, astray=astray)}
+        for key, way in left.items():
+            if not self._settle(key, way, found, astray=True) and self._is_in_layer(key[0]):
+                self._held.hold_arrival(key, way)
+        batch.changes += found.arrived
         batch.changes += self._look(layer, events, time_ns, batch.linked)
         batch.changes += found.changes
         batch.moved_in = tuple(found.moved_in)
@@ -264,9 +288,10 @@ class InotifySource:
         if self._tree.suspects > SUSPECTS_LIMIT:
             self._retired.extend(self._tree.lost())
 
-    def _follow(self, steps: Iterable[Step]) -> tuple[dict[Key, int], list[int]]:
-        """Replay what happened to directories; returns those to be looked at, with how they came, and the ended watches."""
-        arrivals: dict[Key, int] = {}
+    def _follow(self, steps: Iterable[Step], arrivals: dict[Key, int]) -> tuple[dict[Key, int], list[int]]:
+        """Replay what happened to directories; returns those to be looked at, with how they came, and the ended watches.
+
+        `arrivals`: those that came before."""
         contested: set[Key] = set()
         ended = []
         departed_before, self._departed = self._departed, {}
@@ -300,24 +325,33 @@ class InotifySource:
         if wd == self._barrier:
             raise OSError(errno.ESTALE, "the barrier directory is gone")
 
-    def _settle(self, key: Key, arrival: int, found: _Found, *, astray: bool) -> None:
-        """See what directory has this name now; watch it and all below if that may not be so yet."""
+    def _settle(self, key: Key, arrival: int, found: _Found, *, astray: bool) -> bool:
+        """See what directory has this name now; watch it and all below if that may not be so yet. False if the directory
+        that it came to is not where it should be."""
         parent, name = key
         path = self._tree.path(parent)
-        if path is None:
-            return
         directory = self._open(path)
         try:
-            # Where the parent was renamed since, and another took its name, the parent's own arrival tells of what is in it.
-            if directory is None or not self._is_watched_as(parent, directory):
+            if path is None or directory is None or not self._is_watched_as(parent, directory):
                 self._astray = True
-                return
+                return False
             found.start(path, name, everything=arrival == MOVED_IN)
+            # What is below is told as found where the directory is now, so that this is there is told as found now too.
+            mask = found.events.names.get(parent, {}).get(name, 0)
+            touches = self._touches(Place(found.layer, path), parent, {name: mask}, found.events.renames)
+            if not found.has_arrived(key, look(directory, found.layer, touches, found.time_ns)):
+                self._astray = True
+                return True
             again = arrival == MOVED_IN or (arrival != CREATED and astray)
             self._watch(directory, key, found, again=again)
+            return True
         finally:
             if directory is not None:
                 os.close(directory)
+
+    def _is_in_layer(self, wd: int) -> bool:
+        """Whether, as far as events tell, that directory is in the layer, be it that half of a rename was read only."""
+        return self._tree.is_rooted(wd, but_for=self._departing)
 
     def _is_watched_as(self, wd: int, directory: int) -> bool:
         """Whether this open directory is the one with that watch; only inotify itself knows for sure."""
@@ -378,26 +412,38 @@ class InotifySource:
         changes: list[Change] = []
         for wd, names in events.names.items():
             path = self._tree.path(wd)
-            if path is None or not names:
-                continue
-            place = Place(layer.name, path)
-            touches = [
-                Touch(
-                    name,
-                    place.child(name),
-                    _kinds(mask & _DIRECTORY_MASK),
-                    bool(mask & pyinotify.IN_ISDIR),
-                    from_path=self._path(events.renames.get((wd, name))) if mask & pyinotify.IN_MOVED_TO else None,
-                )
-                for name, mask in names.items()
-            ]
-            directory = self._open(path)
+            directory = self._open(path) if names else None
             try:
-                changes += look(directory, layer.name, touches, time_ns, linked=linked)
+                if names and self._is_elsewhere(wd, directory):
+                    self._held.hold_names(wd, names, events.renames)
+                elif names and path is not None:
+                    touches = self._touches(Place(layer.name, path), wd, names, events.renames)
+                    changes += look(directory, layer.name, touches, time_ns, linked=linked)
             finally:
                 if directory is not None:
                     os.close(directory)
         return changes
+
+    def _is_elsewhere(self, wd: int, directory: int | None) -> bool:
+        """Whether that directory is in the layer, but not what is open there."""
+        if wd == self._root or wd not in self._tree:
+            return False
+        if wd not in self._held and directory is not None and self._is_watched_as(wd, directory):
+            return False
+        return self._is_in_layer(wd)
+
+    def _touches(self, place: Place, wd: int, names: dict[bytes, int], renames: dict[Key, Key]) -> list[Touch]:
+        return [
+            Touch(
+                name,
+                place.child(name),
+                _kinds(mask & _DIRECTORY_MASK),
+                bool(mask & pyinotify.IN_ISDIR),
+                from_path=self._path(renames.get((wd, name))) if mask & pyinotify.IN_MOVED_TO else None,
+            )
+            for name, mask in names.items()
+            if mask
+        ]
 
     def _name_selves(self, names: dict[int, dict[bytes, int]]) -> None:
         """What watched directories told of themselves belongs to their names in their parents."""
@@ -415,7 +461,9 @@ class InotifySource:
             return None
         return join(base, key[1])
 
-    def _open(self, path: bytes) -> int | None:
+    def _open(self, path: bytes | None) -> int | None:
+        if path is None:
+            return None
         try:
             return open_below(self._clone(), path)
         except OSError as error:
@@ -441,6 +489,15 @@ class InotifySource:
             if wd not in self._tree and wd != self._barrier:
                 self._instance.remove(wd)
 
+    def _become_readable(self) -> None:
+        """Queue an event that tells nothing: the IN_IGNORED of a watch that was not there before."""
+        descriptor = os.open(b"/proc/self/fd", O_PATH_DIRECTORY)
+        try:
+            wd = self._instance.add(descriptor, pyinotify.IN_DELETE_SELF | pyinotify.IN_ONLYDIR)
+        finally:
+            os.close(descriptor)
+        self._instance.remove(wd)
+
     def _watch_barrier(self, path: bytes) -> None:
         try:
             descriptor = os.open(path, O_PATH_DIRECTORY)
@@ -454,15 +511,16 @@ class InotifySource:
 
 
 class _Found:
-    """The entries of directories that appeared, told as created unless an event of the batch tells of them."""
+    """Directories that appeared, and their entries, told as created unless an event of the batch tells of them."""
 
-    def __init__(self, layer: str, time_ns: int, touched: dict[int, dict[bytes, int]]) -> None:
-        self._layer = layer
-        self._time_ns = time_ns
-        self._touched = touched
+    def __init__(self, layer: str, time_ns: int, events: Events) -> None:
+        self.layer = layer
+        self.time_ns = time_ns
+        self.events = events
         self._base = self._top = b""
         self._everything = False
         self._told: set[int] = set()
+        self.arrived: list[Change] = []
         self.changes: list[Change] = []
         self.moved_in: dict[MovedIn, None] = {}
 
@@ -470,6 +528,15 @@ class _Found:
         """The name `top` appeared in the directory `base`; with `everything` it may be watched from before it left."""
         self._base, self._top, self._everything = base, top, everything
         self._told.clear()
+
+    def has_arrived(self, key: Key, looked_at: list[Change]) -> bool:
+        """Whether a directory was at that name when it was looked at; then this is told, and nobody need look once more."""
+        if not all(change.exists and change.is_dir for change in looked_at):
+            return False
+        if looked_at:
+            self.events.names[key[0]][key[1]] = 0
+            self.arrived += looked_at
+        return True
 
     def is_to_be_told(self, directory: Directory, *, is_news: bool) -> bool:
         """Whether to tell of its entries: it, or a directory above it, is new here, though maybe watched elsewhere before."""
@@ -480,17 +547,19 @@ class _Found:
 
     def tell(self, directory: Directory, entries: Iterable[tuple[bytes, bool, os.DirEntry[str]]]) -> list[bytes]:
         """Tell of these; returns the names of the directories among them."""
-        touched = self._touched.get(directory.tag, {})
+        touched = self.events.names.get(directory.tag, {})
         subdirectories = []
         for name, is_dir, entry in entries:
             if is_dir:
                 subdirectories.append(name)
-            if name in touched:
+            if name in touched and not (
+                is_dir and touched[name]
+            ):  # nothing is told of what is in a directory before it
                 continue
             if len(self.changes) < FOUND_LIMIT:
                 self._tell(join(self._base, directory.child(name)), entry, is_dir=is_dir)
             else:
-                self.moved_in[MovedIn(self._layer, join(self._base, self._top))] = None
+                self.moved_in[MovedIn(self.layer, join(self._base, self._top))] = None
         return subdirectories
 
     def _tell(self, path: bytes, entry: os.DirEntry[str], *, is_dir: bool) -> None:
@@ -498,8 +567,8 @@ class _Found:
             status = entry.stat(follow_symlinks=False)
             self.changes.append(
                 Change(
-                    self._time_ns,
-                    self._layer,
+                    self.time_ns,
+                    self.layer,
                     path,
                     Kind.CREATE,
                     True,

@@ -116,6 +116,18 @@ class WatchTree:
             paths[below] = path
         return path
 
+    def is_rooted(self, wd: int, *, but_for: frozenset[int]) -> bool:
+        """Whether no word says that the directory, or one above it, is where it was no more; nothing is held against those in
+        `but_for`. True in a circle."""
+        climbed = set()
+        while wd != ROOT and wd not in climbed:
+            place = self.place_of(wd)
+            if place is None or (self._is_displaced(wd) and wd not in but_for):
+                return False
+            climbed.add(wd)
+            wd = place[0]
+        return True
+
     def lost(self) -> list[int]:
         """Forget the suspects that were not placed again and all below them; returns their watch descriptors."""
         verdicts = {wd: True for wd in self._suspects if self._is_displaced(wd)}
