@@ -41,12 +41,9 @@ class Watched:
         self.daemon.sync()
 
     def churn_live(self, steps: int) -> None:
-        """Churn while the daemon listens. What inotify tells of a name is looked at too late where a directory above it was
-        renamed meanwhile, so there every step is waited for."""
-        one_by_one = self.daemon.settings.get("sources", {}).get("backend") == "inotify"
-        for _ in range(steps if one_by_one else 1):
-            self.wilderness.churn(1 if one_by_one else steps)
-            self.daemon.sync()
+        """Churn while the daemon listens, until it has recorded all of that."""
+        self.wilderness.churn(steps)
+        self.daemon.sync()
 
     def look(self) -> Snapshot:
         return snapshot.snapshot(self.low)
@@ -184,10 +181,7 @@ class Restless(threading.Thread):
         self.join()
 
 
-def test_what_happens_while_a_layer_is_walked_or_scanned_is_neither_missed_nor_invented(
-    sandbox: Sandbox, daemon: Daemon
-) -> None:
-    watched = Watched(sandbox, daemon)
+def test_what_happens_while_a_layer_is_walked_or_scanned_is_neither_missed_nor_invented(watched: Watched) -> None:
     watched.wilderness.grow(300)
     restless = Restless(watched)
     watched.daemon.start()
