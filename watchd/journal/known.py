@@ -104,6 +104,8 @@ class Known:
         """Name -> path of the layers that are known completely."""
         self.upto = last_seq
         """No record up to this number is needed any more."""
+        self.is_enough = False
+        """Set, in any thread, to end a fold early: what was not taken in is taken in by the next one."""
         with _errors(path):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
@@ -244,13 +246,13 @@ class Known:
     def _fold_some(self, upto: int) -> int:
         """One transaction."""
         start: int | None = self._db.execute("SELECT min(upto) FROM layers WHERE complete").fetchone()[0]
-        if start is None or start >= upto:
+        if start is None or start >= upto or self.is_enough:
             return 0
         with self._transaction(), self._follower(start) as follower:
             layers = {row[1]: _Layer(self, row) for row in self._rows()}
             last_ns, last, count = 0, start, 0
             done, records = False, []
-            while not done and count < COMMIT_RECORDS:
+            while not done and count < COMMIT_RECORDS and not self.is_enough:
                 here = follower.position
                 records = follower.poll()
                 if not records:
@@ -264,7 +266,7 @@ class Known:
                         layer.apply(seq, record)
                     last_ns, last = record.time_ns, seq
                 count += len(records)
-            is_end = done or last >= upto or not records
+            is_end = done or last >= upto or not (records or self.is_enough)
             for layer in layers.values():
                 layer.write(last_ns, is_end=is_end)
             self._db.execute("UPDATE layers SET upto = ? WHERE complete AND upto < ?", (last, last))

@@ -101,7 +101,9 @@ class Knowledge:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._journal.bytes - self._folded_bytes < CLOSE_BYTES:
+        if self._known is not None and self._folding.locked():
+            self._known.is_enough = True  # there may be much left, for the next run
+        elif self._journal.bytes - self._folded_bytes < CLOSE_BYTES:
             with contextlib.suppress(JournalError):
                 await self._journal.flush()
                 await self.fold()

@@ -6,6 +6,7 @@ import itertools
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -114,6 +115,25 @@ def test_what_was_told_is_known_and_telling_it_again_changes_nothing(fold: Fold)
     assert fold.tree() == GROWN_TREE
     fold.tell(file(b"g", 5, 12, MODIFY), gone(b"d/e/f"))
     assert fold.tree() == {b"d": (2, 0), b"d/e": (3, 0), b"g": (5, 12)}
+
+
+def test_a_fold_that_is_ended_early_is_taken_up_where_it_was(fold: Fold, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [msgspec.structs.replace(file(b"f%d" % number, 10 + number), time_ns=number) for number in range(50)]
+    write(fold.journal, [[record] for record in files], SMALL)
+    last_seq = extent(fold.journal).last_seq
+    check = fold.known._check_gap
+
+    def end(*arguments: Any) -> None:
+        fold.known.is_enough = True
+        check(*arguments)
+
+    monkeypatch.setattr(fold.known, "_check_gap", end)
+    fold.fold(last_seq)
+    assert 0 < len(fold.tree()) < len(files)
+    assert fold.fold(last_seq) == 0
+    fold.reopen()
+    fold.fold(last_seq)
+    assert fold.tree().keys() == {record.path for record in files}
 
 
 def test_a_directory_that_is_gone_takes_all_below_it_with_it(fold: Fold) -> None:
