@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_MAX_BYTES = 1 << 20
 REQUEST_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 1.0
 CONNECTIONS_MAX = 128
 
 _KINDS: tuple[tuple[type[WatchdError], str], ...] = (
@@ -103,7 +104,9 @@ class ControlServer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):  # for those who do not take their answer
+                await self._server.wait_closed()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
 
@@ -117,8 +120,11 @@ class ControlServer:
                     async for line in lines:
                         writer.write(line + b"\n")
                         await writer.drain()  # what a peer does not take is not made
-        except (OSError, asyncio.CancelledError):
-            pass  # the peer is gone, or we are
+        except OSError:
+            pass  # the peer is gone
+        except asyncio.CancelledError:
+            # We are. From Python 3.12 on the server waits for what was written to be taken, which may be never.
+            writer.transport.abort()
         finally:
             self._tasks.discard(task)
             writer.close()
