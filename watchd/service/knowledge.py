@@ -49,8 +49,8 @@ ATTEMPTS_MAX = 3
 PAUSE_MAX_S = 600.0
 """A layer in which directories are renamed all the time is walked so often in a row, then after longer and longer pauses."""
 
-CLOSE_BYTES = 16 << 20
-"""So much is folded at the end of the daemon at most."""
+CLOSE_BYTES, CLOSE_S = 16 << 20, 1.0
+"""So much is folded at the end of the daemon at most, and for so long: deep paths take their time."""
 
 _NOTHING_NEEDED = (1 << 63) - 1
 
@@ -101,9 +101,10 @@ class Knowledge:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._known is not None and self._folding.locked():
-            self._known.is_enough = True  # there may be much left, for the next run
-        elif self._journal.bytes - self._folded_bytes < CLOSE_BYTES:
+        if self._known is not None:  # what is left is for the next run
+            self._known.is_enough = self._folding.locked()
+            self._loop.call_later(CLOSE_S, setattr, self._known, "is_enough", True)
+        if self._journal.bytes - self._folded_bytes < CLOSE_BYTES:
             with contextlib.suppress(JournalError):
                 await self._journal.flush()
                 await self.fold()
